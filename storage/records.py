@@ -1,0 +1,208 @@
+"""What is known, one frozen record a row; each table's columns are declared here and only here.
+
+A record's annotations are its schema: `storage.schema` renders the Arrow schema from them.
+Ids are derived from content (`content_id`), so the same row made twice has the same id.
+Every table that decides something carries `status` and `reason`: `kept`, `rejected` (a rule said
+no) or `failed` (it could not be processed); `in == kept + rejected + failed` holds in each stage.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+Status = Literal["kept", "rejected", "failed"]
+Split = Literal["train", "heldout"]
+
+
+def content_id(kind: str, *parts: str) -> str:
+    """Return a 24-character id of `kind`: its first letters and 80 bits of SHA-256 of `parts`."""
+    digest = hashlib.sha256("\x1f".join((kind, *parts)).encode()).hexdigest()
+    return f"{kind}_{digest[:20]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A row of a table; `TABLE` is the table's name."""
+
+    TABLE: ClassVar[str] = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRecord(Record):
+    """A prompt: read by `ingest` (round 0) or made by `expand` (round 1 and up)."""
+
+    TABLE: ClassVar[str] = "prompts"
+    prompt_id: str
+    text: str  # as read, whitespace-normalised, before the template
+    rendered: str  # what the model sees
+    origin: str  # the recipe's label of the source it came from
+    split: Split
+    round: int
+    parent_id: str | None  # the prompt a generator made this one from
+    locator: str  # source and line, or generator and index
+    status: Status
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionRecord(Record):
+    """A held-out evaluation item; never trained on, never shown to a generator."""
+
+    TABLE: ClassVar[str] = "questions"
+    question_id: str
+    text: str
+    rendered: str
+    reference: str
+    locator: str
+    status: Status
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRecord(Record):
+    """The specialist's answer to a prompt."""
+
+    TABLE: ClassVar[str] = "completions"
+    completion_id: str
+    prompt_id: str
+    text: str
+    finish: str  # "stop" or "length"
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRecord(Record):
+    """Per-token log-probabilities (nats) of one answer under specialist and base.
+
+    `gap` is their mean difference, log(PPL_base / PPL_specialist) (TuneShift-KD, §3);
+    `confidence` the specialist's mean log-probability. Both lists have one entry a response token.
+    """
+
+    TABLE: ClassVar[str] = "scores"
+    completion_id: str
+    prompt_id: str
+    round: int
+    token_ids: list[int] | None
+    logp_specialist: list[float] | None
+    logp_base: list[float] | None
+    gap: float | None
+    confidence: float | None
+    status: Status
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionRecord(Record):
+    """What a selection said of one scored answer."""
+
+    TABLE: ClassVar[str] = "selections"
+    completion_id: str
+    prompt_id: str
+    round: int
+    gap: float | None
+    confidence: float | None
+    status: Status
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusRecord(Record):
+    """A training example for the target, or the reason why it is not one."""
+
+    TABLE: ClassVar[str] = "corpus"
+    example_id: str
+    prompt_id: str
+    completion_id: str
+    prompt: str  # rendered
+    response: str
+    split: Split
+    status: Status
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainStepRecord(Record):
+    """One optimizer step. Loss in nats per response token; no wall-clock times, so it is exact."""
+
+    TABLE: ClassVar[str] = "train_steps"
+    stage: str
+    step: int
+    epoch: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    response_tokens: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleRecord(Record):
+    """What a trainer did with one example it was given."""
+
+    TABLE: ClassVar[str] = "examples"
+    stage: str
+    example_id: str
+    tokens: int
+    status: Status
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationRecord(Record):
+    """One arm's answer to one question."""
+
+    TABLE: ClassVar[str] = "evaluations"
+    arm: str
+    question_id: str
+    prediction: str
+    reference: str
+    correct: bool | None
+    reference_logp: float | None  # sum over the reference's tokens, nats
+    reference_tokens: int | None
+    status: Status
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class CacheMeasureRecord(Record):
+    """Next-token divergence of one held-out text, 16-bit cache against compressed cache."""
+
+    TABLE: ClassVar[str] = "cache_measures"
+    text_id: str
+    tokens: int
+    kl_mean: float | None  # nats a token, KL(full || compressed)
+    kl_max: float | None
+    logp_full: float | None  # sum over the text's tokens, nats
+    logp_compressed: float | None
+    status: Status
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentRecord(Record):
+    """One question answered by the exported copy, beside what the evaluation saw."""
+
+    TABLE: ClassVar[str] = "deployments"
+    question_id: str
+    expected: str
+    served: str
+    status: Status
+    reason: str | None
+
+
+TABLES: dict[str, type[Record]] = {
+    record.TABLE: record
+    for record in (
+        PromptRecord,
+        QuestionRecord,
+        CompletionRecord,
+        ScoreRecord,
+        SelectionRecord,
+        CorpusRecord,
+        TrainStepRecord,
+        ExampleRecord,
+        EvaluationRecord,
+        CacheMeasureRecord,
+        DeploymentRecord,
+    )
+}
