@@ -1,0 +1,62 @@
+"""Where prompts, training pairs and questions come from."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from stillhouse.configs.base import Config
+
+
+class SourceConfig(Config):
+    """One source of rows: `jsonl:`, `csv:`, `parquet:`, `hf:`, `package:` or `builtin:`."""
+
+    ref: str
+    prompt: str = "prompt"  # the column that holds the prompt
+    response: str | None = None  # the column that holds the answer, where there is one
+    limit: int | None = Field(None, ge=1)
+
+
+class PoolConfig(SourceConfig):
+    """Unlabelled prompts; `origin` names them in every report.
+
+    `origin_column` takes the label from a column instead. `template: none` shows the model the
+    bare text (prompts from elsewhere that never had the speciality's form).
+    """
+
+    origin: str = "pool"
+    origin_column: str | None = None
+    template: Literal["recipe", "none"] = "recipe"
+
+
+class TemplateConfig(Config):
+    """How a prompt and its answer become text; `{text}` stands for either."""
+
+    prompt: str = "{text}"
+    response: str = " {text}"
+
+
+class DataConfig(Config):
+    """The data of a run. `private` is read by `specialize` and the ceiling arm alone."""
+
+    pool: tuple[PoolConfig, ...] = ()
+    private: SourceConfig | None = None
+    questions: SourceConfig | None = None
+    template: TemplateConfig = TemplateConfig()
+    heldout_percent: int = Field(10, ge=0, le=50)  # of the pool, chosen by hash
+    max_prompt_tokens: int = Field(256, ge=1)  # longer prompts leave as `too_long`
+    shard_rows: int = Field(256, ge=1)
+
+
+class ModelsConfig(Config):
+    """The models of a run.
+
+    References: `hf:org/name@revision`, a local folder, `gguf:path`,
+    `package:<distribution>/<file>`, `toy:<name>`; adapters `peft:path`, or `stage:specialize`
+    for the adapter that this run trains. A specialist that is a whole model has
+    `specialist` and no `adapter`.
+    """
+
+    base: str
+    target: str
+    adapter: str | None = None
+    specialist: str | None = None

@@ -1,0 +1,103 @@
+"""A whole run, as written in a recipe."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from stillhouse.configs.base import Config, knob
+from stillhouse.configs.data import DataConfig, ModelsConfig
+from stillhouse.configs.stages import (
+    CompressConfig,
+    CurateConfig,
+    DeployConfig,
+    DistillConfig,
+    EvaluateConfig,
+    ExpandConfig,
+    ScoreConfig,
+    SelectConfig,
+    SpecializeConfig,
+)
+
+
+class TrackingConfig(Config):
+    """Where MLflow is. No `uri` means a local sqlite file under `runs_root`."""
+
+    enabled: bool = True
+    uri: str | None = None
+    experiment: str = "stillhouse"
+
+
+class ExecutionConfig(Config):
+    """How the work is run; nothing here changes what is written."""
+
+    threads: int = knob(0, ge=0)  # 0: all cores
+    resume: Literal["auto", "never", "must"] = knob("auto")
+
+
+class RecipeConfig(Config):
+    """One run: data, models, and a section a stage."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    pipeline: Literal["transfer"] = "transfer"
+    runs_root: str = "runs"
+    models: ModelsConfig
+    data: DataConfig = DataConfig()
+    specialize: SpecializeConfig = SpecializeConfig()
+    score: ScoreConfig = ScoreConfig()
+    select: SelectConfig = SelectConfig()
+    expand: ExpandConfig = ExpandConfig()
+    curate: CurateConfig = CurateConfig()
+    distill: DistillConfig = DistillConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    compress: CompressConfig = CompressConfig()
+    deploy: DeployConfig = DeployConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+
+    @model_validator(mode="after")
+    def _specialist_is_named_once(self) -> Self:
+        if (self.models.adapter is None) == (self.models.specialist is None):
+            raise ValueError(
+                "models: expected exactly one of `adapter` (a LoRA on the base) and `specialist` "
+                "(a whole model), because the gap is measured between specialist and base; "
+                f"found adapter={self.models.adapter!r}, specialist={self.models.specialist!r}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _private_data_has_a_reader(self) -> Self:
+        trains = self.models.adapter == "stage:specialize"
+        ceiling = "ceiling" in self.evaluate.arms
+        if (trains or ceiling) and self.data.private is None:
+            raise ValueError(
+                "data.private: `stage:specialize` and the ceiling arm train on private pairs; "
+                "name their source, or give models.adapter as `peft:<folder>`"
+            )
+        if self.data.private is not None and self.data.private.response is None:
+            raise ValueError("data.private.response: training pairs need the answer's column")
+        return self
+
+    @model_validator(mode="after")
+    def _questions_have_answers(self) -> Self:
+        if self.data.questions is not None and self.data.questions.response is None:
+            raise ValueError(
+                "data.questions.response: exact match needs the column of the right answers"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pool_is_not_empty(self) -> Self:
+        if not self.data.pool:
+            raise ValueError("data.pool: expected at least one source of prompts, found none")
+        return self
+
+    @model_validator(mode="after")
+    def _recovery_has_its_arms(self) -> Self:
+        arms = set(self.evaluate.arms)
+        needed = {"specialist", "target_before", "student"}
+        if self.evaluate.gate.min_recovery is not None and not needed <= arms:
+            raise ValueError(
+                "evaluate.gate.min_recovery: recovery = (student - target_before) / (specialist "
+                f"- target_before) needs these arms too: {sorted(needed - arms)}"
+            )
+        return self

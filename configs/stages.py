@@ -1,0 +1,122 @@
+"""One section for each stage, of the stage's name."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from stillhouse.configs.base import Config, knob
+
+
+class LoraConfig(Config):
+    """Low-rank adapters (Hu et al., arXiv:2106.09685) on the linear layers named by `targets`."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    targets: Literal["all_linear", "attention"] = "all_linear"
+    first_layer: int = Field(0, ge=0)  # layers below it stay frozen and need no backward pass
+
+
+class TrainConfig(Config):
+    """Supervised training on the answers' tokens."""
+
+    lora: LoraConfig = LoraConfig()
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup_fraction: float = Field(0.05, ge=0, le=0.5)
+    epochs: int = Field(3, ge=1)
+    batch_size: int = Field(16, ge=1)
+    max_tokens: int = Field(256, ge=8)
+    max_gradient_norm: float = Field(1.0, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    seed: int = 0
+    checkpoint_steps: int = knob(25, ge=1)
+    keep_checkpoints: int = knob(2, ge=1)
+
+
+class SpecializeConfig(TrainConfig):
+    """Trains the specialist's adapter on private pairs (demos and benchmarks)."""
+
+
+class DistillConfig(TrainConfig):
+    """Trains the target on the corpus."""
+
+
+class ScoreConfig(Config):
+    """The specialist answers; specialist and base score the answer."""
+
+    max_new_tokens: int = Field(16, ge=1)
+    stop: tuple[str, ...] = ("\n",)
+    batch_size: int = knob(32, ge=1)
+
+
+class SelectConfig(Config):
+    """Which scored answers are special (TuneShift-KD §3: PPL_base / PPL_specialist >= tau)."""
+
+    tau: float = Field(1.5, gt=0)
+    min_confidence: float | None = Field(None, le=0)  # mean log-probability, nats
+    budget: int | None = Field(None, ge=1)
+    max_per_answer: int | None = Field(None, ge=1)  # diversity: answers of one text kept
+
+
+class ExpandConfig(Config):
+    """New prompts in the likeness of the selected ones, in rounds."""
+
+    rounds: int = Field(2, ge=0)
+    prompts_per_round: int = Field(64, ge=1)
+    generators: tuple[Literal["few_shot", "mutate"], ...] = ("few_shot", "mutate")
+    shots: int = Field(6, ge=1)
+    temperature: float = Field(0.9, gt=0)
+    max_new_tokens: int = Field(32, ge=1)
+    seed: int = 0
+    batch_size: int = knob(32, ge=1)
+
+
+class CurateConfig(Config):
+    """What leaves the corpus: duplicates, degenerate answers, overlap with the evaluation."""
+
+    near_duplicate: float = Field(0.9, gt=0, le=1)  # Jaccard of word 5-grams by MinHash
+    min_answer_tokens: int = Field(1, ge=1)
+    permutations: int = Field(64, ge=16)
+
+
+class GateConfig(Config):
+    """What the student must reach to be promoted to `champion`."""
+
+    min_recovery: float | None = None
+    min_accuracy: float | None = Field(None, ge=0, le=1)
+
+
+class EvaluateConfig(Config):
+    """Exact match and answer perplexity on the held-out questions, one arm a model."""
+
+    arms: tuple[Literal["base", "specialist", "target_before", "student", "ceiling"], ...] = (
+        "base",
+        "specialist",
+        "target_before",
+        "student",
+    )
+    max_new_tokens: int = Field(16, ge=1)
+    stop: tuple[str, ...] = ("\n",)
+    gate: GateConfig = GateConfig()
+    batch_size: int = knob(32, ge=1)
+
+
+class CompressConfig(Config):
+    """The student's key/value cache: TurboQuant (arXiv:2504.19874), Algorithm 1."""
+
+    key_bits: Literal[1, 2, 3, 4, 5, 8] = 4
+    value_bits: Literal[1, 2, 3, 4, 5, 8] = 4
+    key_scalar: Literal["norm", "corrected", "unbiased", "least_squares"] = "unbiased"
+    value_scalar: Literal["norm", "corrected", "unbiased", "least_squares"] = "least_squares"
+    seed: int = 0
+    texts: int = Field(64, ge=1)  # held-out texts whose next-token divergence is measured
+    max_kl: float | None = Field(None, gt=0)  # quality budget, nats a token
+    batch_size: int = knob(32, ge=1)
+
+
+class DeployConfig(Config):
+    """The exported student and its name in the registry."""
+
+    model_name: str = "stillhouse-student"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    questions: int = Field(64, ge=1)  # answered again by the reloaded copy
+    batch_size: int = knob(32, ge=1)

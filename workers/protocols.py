@@ -1,0 +1,206 @@
+"""What the pipelines ask of a worker, and the records that pass between them.
+
+Plain data in, plain data out: no tensors, no framework types, so a worker may live in this
+process, in an actor or on another machine. `workers.local` is the real one; `workers.scripted`
+answers from a script, for tests and dry runs.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from stillhouse.configs.stages import CompressConfig, TrainConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A model reference and, where it has one, the folder of its LoRA adapter."""
+
+    ref: str
+    adapter: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How text is generated. `temperature` 0 is greedy; `stop` strings end an answer."""
+
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+    temperature: float = 0.0
+    seed: int = 0
+    batch_size: int = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """An answer, without its stop string and surrounding white space."""
+
+    text: str
+    finish: Literal["stop", "length"]
+    tokens: int  # generated
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A rendered prompt and the rendered response that follows it."""
+
+    prompt: str
+    response: str
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseLogp:
+    """Log-probability (nats) of each token of a response given its prompt; no EOS."""
+
+    token_ids: list[int]
+    logp: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class PairLogp:
+    """One response under specialist and base; both lists have one entry a token."""
+
+    token_ids: list[int]
+    logp_specialist: list[float]
+    logp_base: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A row a worker could not process, and why; it takes the row's place in the answer."""
+
+    reason: str
+
+
+class PairWorker(Protocol):
+    """Specialist and base, over one set of weights where the specialist is an adapter."""
+
+    def answer(self, prompts: Sequence[str], how: Decoding) -> list[Completion | Failed]:
+        """The specialist's answers."""
+
+    def propose(self, prompts: Sequence[str], how: Decoding) -> list[Completion | Failed]:
+        """The base's continuations."""
+
+    def score(self, pairs: Sequence[Pair], batch_size: int) -> list[PairLogp | Failed]:
+        """Both models' log-probabilities of the responses."""
+
+
+class ModelWorker(Protocol):
+    """One model; with `cache`, its key/value cache is stored in that format."""
+
+    def answer(
+        self, prompts: Sequence[str], how: Decoding, cache: CompressConfig | None = None
+    ) -> list[Completion | Failed]:
+        """The model's answers."""
+
+    def logp(
+        self, pairs: Sequence[Pair], batch_size: int, cache: CompressConfig | None = None
+    ) -> list[ResponseLogp | Failed]:
+        """The model's log-probabilities of the responses."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainExample:
+    """A rendered prompt and the rendered response to learn."""
+
+    example_id: str
+    prompt: str
+    response: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrainStep:
+    """One optimizer step; loss in nats per response token."""
+
+    step: int
+    epoch: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    response_tokens: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrainJob:
+    """What to train, and where its checkpoints and its adapter go.
+
+    `folder/checkpoints/step_N` are written on the way, `folder/adapter` at the end; a job that
+    finds checkpoints goes on from the last good one.
+    """
+
+    model: ModelSpec
+    examples: Sequence[TrainExample]
+    config: TrainConfig
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class TrainOutcome:
+    """The adapter's folder, every step from the first, and each example left out with its reason."""
+
+    adapter: Path
+    steps: tuple[TrainStep, ...]
+    total_steps: int
+    tokens: dict[str, int]  # by example_id
+    rejected: dict[str, str]  # example_id -> reason
+
+
+@dataclass(frozen=True, slots=True)
+class CacheMeasure:
+    """Next-token divergence over one text, full cache against compressed; nats."""
+
+    tokens: int
+    kl_mean: float
+    kl_max: float
+    logp_full: float
+    logp_compressed: float
+
+
+@dataclass(frozen=True, slots=True)
+class CacheBytes:
+    """Bytes of cache a token: allocated, measured, all in; and the same in 16 bits."""
+
+    bytes_per_token: float
+    bytes_per_token_16bit: float
+
+
+@dataclass(frozen=True, slots=True)
+class ExportJob:
+    """Merge the adapter into the model and write it as safetensors with its tokenizer."""
+
+    model: ModelSpec
+    folder: Path
+    dtype: str
+    manifest: dict[str, object]  # written as stillhouse.json beside the weights
+
+
+class Workers(Protocol):
+    """The workers of a run. Loading is lazy: asking for one costs nothing until it works."""
+
+    def pair(self, specialist: ModelSpec, base: ModelSpec) -> PairWorker:
+        """Specialist and base; one set of weights when their refs are equal."""
+
+    def model(self, spec: ModelSpec) -> ModelWorker:
+        """One model."""
+
+    def count_tokens(self, ref: str, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text under a model's tokenizer, BOS included."""
+
+    def context(self, ref: str) -> int:
+        """The model's context length, in tokens."""
+
+    def train(self, job: TrainJob, on_step: Callable[[TrainStep, int], None]) -> TrainOutcome:
+        """Train; `on_step` hears of each new step and the number of steps in all."""
+
+    def measure_cache(
+        self, spec: ModelSpec, texts: Sequence[str], config: CompressConfig
+    ) -> tuple[list[CacheMeasure | Failed], CacheBytes]:
+        """Compare the compressed cache with the 16-bit one on held-out texts."""
+
+    def export(self, job: ExportJob) -> tuple[Path, ...]:
+        """Write a standalone model folder; return its files."""
+
+    def fingerprint(self, ref: str) -> str:
+        """A hash of a model's files, without loading them (no torch)."""
