@@ -16,7 +16,7 @@ ROOMS = ("configs", "storage", "kernels", "workers", "pipelines")
 
 
 def _bind(room: str) -> None:
-    """Make the folder beside this package importable as `stillhouse.<room>`; loads nothing in it."""
+    """Make the folder beside this package known as `stillhouse.<room>`; load nothing in it."""
     name = f"{__name__}.{room}"
     if PathFinder.find_spec(name, __path__) is not None:
         return  # installed from a wheel: the room lies inside the package

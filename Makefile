@@ -1,0 +1,44 @@
+# Each target does the same here and in CI. `make` alone lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check fmt gpu clean
+
+VENV ?= .venv
+PY := $(VENV)/bin/python
+BIN := $(abspath $(VENV))/bin
+PYTEST_ARGS ?=
+export VENV
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' \
+	  | while IFS='|' read -r target text; do printf '  make %-8s %s\n' "$$target" "$$text"; done
+
+setup:  ## make .venv what pyproject.toml and constraints.txt say (repeated: does nothing)
+	@tools/setup.sh
+
+demo: setup  ## run the recipe `demo` on real models (about 20 minutes; repeated: shows the result)
+	@$(PY) -m stillhouse run demo
+
+test: setup  ## all tests that need no GPU; PYTEST_ARGS="-k name" for some
+	@$(PY) -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+check: setup  ## format, lint, types, import rules
+	@echo "== ruff format"; $(BIN)/ruff format --check .
+	@echo "== ruff check"; $(BIN)/ruff check .
+	@$(PY) tools/typing_tree.py
+	@echo "== mypy"; cd .typing && $(BIN)/mypy --config-file ../pyproject.toml -p stillhouse -p tests -p tools
+	@echo "== import-linter"; cd .typing && $(BIN)/lint-imports --config ../pyproject.toml --cache-dir ../.import_linter_cache
+
+fmt: setup  ## format the code and mend what ruff can mend
+	@$(BIN)/ruff check --fix-only --quiet .
+	@$(BIN)/ruff format .
+
+gpu: setup  ## the tests marked `gpu`, on a machine with a CUDA device
+	@$(PY) -c 'import torch; assert torch.cuda.is_available(), "make gpu: torch sees no CUDA device"; \
+	  print("make gpu: pytest -m gpu on", torch.cuda.get_device_name(), "with torch", torch.__version__)'
+	@$(PY) -m pytest -m gpu $(PYTEST_ARGS)
+
+clean:  ## remove caches and build output; .venv and runs/ stay
+	rm -rf build dist .typing .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,11 @@
+"""What holds for every test: the environment, set before torch and its kind are imported."""
+
+import os
+
+# One thread a process: the same sums on every machine, and no crowding under `pytest -n`.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# No test reaches a hub or reports its use to anybody.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
