@@ -1,0 +1,1 @@
+"""Sources of prompts: each module builds one data set, row by row."""
