@@ -17,9 +17,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 
-from stillhouse.workers.sources.elsewhere import elsewhere_prompts
-
 from stillhouse.errors import ConfigError, SourceError
+from stillhouse.workers.sources.elsewhere import elsewhere_prompts
 
 CATEGORY_LENGTH = 3
 
