@@ -40,7 +40,7 @@ class DataConfig(Config):
 
     pool: tuple[PoolConfig, ...] = ()
     private: SourceConfig | None = None
-    questions: SourceConfig | None = None
+    questions: SourceConfig  # held-out: evaluation only
     template: TemplateConfig = TemplateConfig()
     heldout_percent: int = Field(10, ge=0, le=50)  # of the pool, chosen by hash
     max_prompt_tokens: int = Field(256, ge=1)  # longer prompts leave as `too_long`

@@ -41,7 +41,7 @@ class RecipeConfig(Config):
     pipeline: Literal["transfer"] = "transfer"
     runs_root: str = "runs"
     models: ModelsConfig
-    data: DataConfig = DataConfig()
+    data: DataConfig
     specialize: SpecializeConfig = SpecializeConfig()
     score: ScoreConfig = ScoreConfig()
     select: SelectConfig = SelectConfig()
@@ -79,7 +79,7 @@ class RecipeConfig(Config):
 
     @model_validator(mode="after")
     def _questions_have_answers(self) -> Self:
-        if self.data.questions is not None and self.data.questions.response is None:
+        if self.data.questions.response is None:
             raise ValueError(
                 "data.questions.response: exact match needs the column of the right answers"
             )
