@@ -28,6 +28,23 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
+class RawRecord(Record):
+    """A row as read from a source, before duplicates are known."""
+
+    TABLE: ClassVar[str] = "raw"
+    kind: str  # "prompt" or "question"
+    source: int  # position of the source in the recipe
+    row: int
+    text: str  # whitespace-normalised
+    rendered: str
+    origin: str
+    reference: str | None
+    locator: str
+    status: Status
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class PromptRecord(Record):
     """A prompt: read by `ingest` (round 0) or made by `expand` (round 1 and up)."""
 
@@ -79,7 +96,7 @@ class ScoreRecord(Record):
     """
 
     TABLE: ClassVar[str] = "scores"
-    completion_id: str
+    completion_id: str | None  # none where the specialist gave no answer
     prompt_id: str
     round: int
     token_ids: list[int] | None
@@ -103,6 +120,17 @@ class SelectionRecord(Record):
     confidence: float | None
     status: Status
     reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class SketchRecord(Record):
+    """A text's MinHash, for near-duplicates (Broder 1997)."""
+
+    TABLE: ClassVar[str] = "sketches"
+    text_id: str
+    kind: str  # "candidate" or "question"
+    bands: list[int]  # equal entries at one place make two texts candidates
+    shingles: list[int]  # hashes of its word n-grams: the exact Jaccard index is taken from these
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,11 +221,13 @@ class DeploymentRecord(Record):
 TABLES: dict[str, type[Record]] = {
     record.TABLE: record
     for record in (
+        RawRecord,
         PromptRecord,
         QuestionRecord,
         CompletionRecord,
         ScoreRecord,
         SelectionRecord,
+        SketchRecord,
         CorpusRecord,
         TrainStepRecord,
         ExampleRecord,
