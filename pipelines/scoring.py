@@ -1,0 +1,109 @@
+"""The specialist answers, both models score: shared by `score` and by each round of `expand`."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from stillhouse.configs.data import TemplateConfig
+from stillhouse.configs.stages import ScoreConfig
+from stillhouse.storage.records import (
+    CompletionRecord,
+    PromptRecord,
+    ScoreRecord,
+    Status,
+    content_id,
+)
+from stillhouse.workers.protocols import Completion, Decoding, Failed, Pair, PairLogp, PairWorker
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A shard's answers and scores; one score a prompt, also for those that failed."""
+
+    completions: list[CompletionRecord]
+    scores: list[ScoreRecord]
+    tokens: int
+
+    def count(self, status: Status) -> int:
+        """How many prompts ended so."""
+        return sum(score.status == status for score in self.scores)
+
+
+def score_prompts(
+    prompts: Sequence[PromptRecord],
+    worker: PairWorker,
+    config: ScoreConfig,
+    template: TemplateConfig,
+) -> Scored:
+    """Answer each prompt with the specialist and score the answer with both models."""
+    how = Decoding(config.max_new_tokens, stop=config.stop, batch_size=config.batch_size)
+    answers = worker.answer([prompt.rendered for prompt in prompts], how)
+    answered: list[tuple[CompletionRecord, PromptRecord]] = []
+    scores: list[ScoreRecord] = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        if isinstance(answer, Failed):
+            scores.append(_unscored(prompt, "failed", answer.reason))
+        elif not answer.text:
+            scores.append(_unscored(prompt, "rejected", "empty_answer"))
+        else:
+            answered.append((_completion(prompt, answer), prompt))
+    pairs = [
+        Pair(prompt.rendered, template.response.replace("{text}", completion.text))
+        for completion, prompt in answered
+    ]
+    logps = worker.score(pairs, config.batch_size)
+    for (completion, prompt), logp in zip(answered, logps, strict=True):
+        scores.append(_score(completion, prompt, logp))
+    generated = sum(answer.tokens for answer in answers if isinstance(answer, Completion))
+    order = {prompt.prompt_id: index for index, prompt in enumerate(prompts)}
+    scores.sort(key=lambda score: order[score.prompt_id])
+    return Scored([completion for completion, _ in answered], scores, generated + _total(logps))
+
+
+def _completion(prompt: PromptRecord, answer: Completion) -> CompletionRecord:
+    return CompletionRecord(
+        completion_id=content_id("completion", prompt.prompt_id, answer.text),
+        prompt_id=prompt.prompt_id,
+        text=answer.text,
+        finish=answer.finish,
+        round=prompt.round,
+    )
+
+
+def _score(
+    completion: CompletionRecord, prompt: PromptRecord, logp: PairLogp | Failed
+) -> ScoreRecord:
+    if isinstance(logp, Failed):
+        return _unscored(prompt, "failed", logp.reason)
+    excess = [s - b for s, b in zip(logp.logp_specialist, logp.logp_base, strict=True)]
+    return ScoreRecord(
+        completion_id=completion.completion_id,
+        prompt_id=prompt.prompt_id,
+        round=prompt.round,
+        token_ids=logp.token_ids,
+        logp_specialist=logp.logp_specialist,
+        logp_base=logp.logp_base,
+        gap=fmean(excess),
+        confidence=fmean(logp.logp_specialist),
+        status="kept",
+        reason=None,
+    )
+
+
+def _unscored(prompt: PromptRecord, status: Status, reason: str) -> ScoreRecord:
+    return ScoreRecord(
+        completion_id=None,
+        prompt_id=prompt.prompt_id,
+        round=prompt.round,
+        token_ids=None,
+        logp_specialist=None,
+        logp_base=None,
+        gap=None,
+        confidence=None,
+        status=status,
+        reason=reason,
+    )
+
+
+def _total(logps: Iterable[PairLogp | Failed]) -> int:
+    return sum(len(logp.token_ids) for logp in logps if isinstance(logp, PairLogp))

@@ -1,0 +1,223 @@
+"""Read every source once: normalise, set aside what is malformed or too long, drop duplicates.
+
+Two waves, so that nothing grows with the number of prompts: rows are read and measured source by
+source (`raw`), then DuckDB finds the first of each text and `prompts` and `questions` are written.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from stillhouse.configs.base import keyed_values
+from stillhouse.configs.data import PoolConfig, SourceConfig
+from stillhouse.configs.recipe import RecipeConfig
+from stillhouse.errors import SourceError
+from stillhouse.pipelines.stage import Outcome, Part, Stage, Task
+from stillhouse.pipelines.stage_run import StageRun
+from stillhouse.pipelines.text import chunked, normalise, render, split_of
+from stillhouse.storage.manifest import Counts
+from stillhouse.storage.records import PromptRecord, QuestionRecord, RawRecord, content_id
+from stillhouse.workers.sources.reader import MalformedRow, SourceRow, read
+
+# A prompt that equals a question is a leak, whatever the order in which the two were read.
+FIRST_OF_EACH = """
+SELECT kind, source, row, text, rendered, origin, reference, locator,
+       CASE WHEN status <> 'kept' THEN status WHEN duplicate THEN 'rejected' ELSE 'kept' END
+           AS status,
+       CASE WHEN status <> 'kept' THEN reason WHEN leak THEN 'overlaps_evaluation'
+            WHEN duplicate THEN 'duplicate' END AS reason
+FROM (
+    SELECT *,
+        status = 'kept' AND row_number() OVER (
+            PARTITION BY text, status = 'kept' ORDER BY kind DESC, source, row) > 1 AS duplicate,
+        kind = 'prompt' AND bool_or(kind = 'question' AND status = 'kept')
+            OVER (PARTITION BY text) AS leak
+    FROM raw
+) WHERE kind = ?
+ORDER BY source, row
+"""
+
+
+class IngestStage(Stage):
+    """`prompts` and `questions` from the recipe's sources."""
+
+    name: ClassVar[str] = "ingest"
+
+    def settings(self, recipe: RecipeConfig) -> dict[str, Any]:
+        values = keyed_values(recipe.data)
+        del values["private"]
+        return values
+
+    def model_refs(self, recipe: RecipeConfig) -> tuple[str, ...]:
+        return (recipe.models.base, recipe.models.target)  # their tokenizers say what is too long
+
+    def data_refs(self, recipe: RecipeConfig) -> tuple[str, ...]:
+        return tuple(source.ref for source in _sources(recipe))
+
+    def waves(self, run: StageRun) -> Iterator[Sequence[Task]]:
+        count = len(_sources(run.recipe))
+        yield [Task(f"read-{index:03d}", arguments={"source": index}) for index in range(count)]
+        yield [Task("prompts"), Task("questions")]
+
+    def work(self, task: Task, run: StageRun) -> Iterator[Part]:
+        if task.name == "prompts":
+            yield from _prompts(run)
+        elif task.name == "questions":
+            yield from _questions(run)
+        else:
+            yield from _read(run, int(task.arguments["source"]))
+
+    def finish(self, run: StageRun) -> Outcome:
+        with run.catalog() as catalog:
+            by_origin = catalog.rows(
+                "SELECT origin, count(*), count(*) FILTER (status = 'kept') FROM prompts "
+                "GROUP BY origin ORDER BY origin"
+            )
+            [(prompts,)] = catalog.rows("SELECT count(*) FROM prompts WHERE status = 'kept'")
+            [(questions,)] = catalog.rows("SELECT count(*) FROM questions WHERE status = 'kept'")
+        if not prompts or not questions:
+            empty = "the prompt pool" if not prompts else "the questions"
+            raise SourceError(
+                f"ingest: expected at least one usable row in {empty}, found none; look at "
+                "`stillhouse query RUN \"SELECT reason, count(*) FROM raw GROUP BY 1\"`"
+            )
+        origins = {origin: {"rows": rows, "kept": kept} for origin, rows, kept in by_origin}
+        return Outcome(facts={"prompts": prompts, "questions": questions, "origins": origins})
+
+
+def _sources(recipe: RecipeConfig) -> tuple[SourceConfig, ...]:
+    return (*recipe.data.pool, recipe.data.questions)
+
+
+def _read(run: StageRun, index: int) -> Iterator[Part]:
+    source = _sources(run.recipe)[index]
+    rows = enumerate(read(source.ref, Path.cwd()))
+    for part, chunk in enumerate(chunked(_limited(rows, source.limit), run.recipe.data.shard_rows)):
+        raw = [_raw(run.recipe, source, index, number, row) for number, row in chunk]
+        yield Part({"raw": _measured(run, raw)}, Counts(), part=part)
+
+
+def _limited(
+    rows: Iterator[tuple[int, SourceRow | MalformedRow]], limit: int | None
+) -> Iterator[tuple[int, SourceRow | MalformedRow]]:
+    for number, row in rows:
+        if limit is not None and number >= limit:
+            return
+        yield number, row
+
+
+def _raw(
+    recipe: RecipeConfig,
+    source: SourceConfig,
+    index: int,
+    number: int,
+    row: SourceRow | MalformedRow,
+) -> RawRecord:
+    kind = "prompt" if isinstance(source, PoolConfig) else "question"
+    origin = source.origin if isinstance(source, PoolConfig) else "questions"
+    text, reference, reason = "", None, None
+    if isinstance(row, MalformedRow):
+        reason = f"malformed: {row.reason}"
+    else:
+        text = normalise(_column(row, source.prompt))
+        if isinstance(source, PoolConfig) and source.origin_column:
+            origin = _column(row, source.origin_column)
+        if source.response and kind == "question":
+            reference = _column(row, source.response).strip()
+        reason = None if text else "empty"
+    bare = isinstance(source, PoolConfig) and source.template == "none"
+    return RawRecord(
+        kind=kind,
+        source=index,
+        row=number,
+        text=text,
+        rendered=text if bare else render(recipe.data.template.prompt, text),
+        origin=origin,
+        reference=reference,
+        locator=row.locator,
+        status="kept" if reason is None else "failed" if text == "" else "rejected",
+        reason=reason,
+    )
+
+
+def _column(row: SourceRow, name: str) -> str:
+    try:
+        return row.values[name]
+    except KeyError:
+        raise SourceError(
+            f"{row.locator}: expected a column {name!r}, found {', '.join(sorted(row.values))}; "
+            "name the right one in the recipe (`prompt:`, `response:` or `origin_column:`)"
+        ) from None
+
+
+def _measured(run: StageRun, rows: list[RawRecord]) -> list[RawRecord]:
+    """Mark rows that are too long for either model's tokenizer."""
+    limit = run.recipe.data.max_prompt_tokens
+    texts = [row.rendered for row in rows]
+    refs = dict.fromkeys((run.recipe.models.base, run.recipe.models.target))
+    lengths = [run.workers.count_tokens(ref, texts) for ref in refs]
+    longest = [max(counts) for counts in zip(*lengths, strict=True)]
+    return [
+        _too_long(row, tokens, limit) if row.status == "kept" and tokens > limit else row
+        for row, tokens in zip(rows, longest, strict=True)
+    ]
+
+
+def _too_long(row: RawRecord, tokens: int, limit: int) -> RawRecord:
+    from dataclasses import replace
+
+    return replace(row, status="rejected", reason=f"too_long: {tokens} tokens, limit {limit}")
+
+
+def _prompts(run: StageRun) -> Iterator[Part]:
+    percent = run.recipe.data.heldout_percent
+    for part, rows in enumerate(_judged(run, "prompt")):
+        prompts = [
+            PromptRecord(
+                prompt_id=content_id("prompt", row.text or row.locator),
+                text=row.text,
+                rendered=row.rendered,
+                origin=row.origin,
+                split=split_of(row.text, percent),
+                round=0,
+                parent_id=None,
+                locator=row.locator,
+                status=row.status,
+                reason=row.reason,
+            )
+            for row in rows
+        ]
+        yield Part({"prompts": prompts}, _counts(rows), part=part)
+
+
+def _questions(run: StageRun) -> Iterator[Part]:
+    for part, rows in enumerate(_judged(run, "question")):
+        questions = [
+            QuestionRecord(
+                question_id=content_id("question", row.text or row.locator),
+                text=row.text,
+                rendered=row.rendered,
+                reference=row.reference or "",
+                locator=row.locator,
+                status=row.status,
+                reason=row.reason,
+            )
+            for row in rows
+        ]
+        yield Part({"questions": questions}, _counts(rows), part=part)
+
+
+def _judged(run: StageRun, kind: str) -> Iterator[list[RawRecord]]:
+    with run.catalog() as catalog:
+        size = run.recipe.data.shard_rows
+        yield from chunked(catalog.records(FIRST_OF_EACH, RawRecord, size, [kind]), size)
+
+
+def _counts(rows: Sequence[RawRecord]) -> Counts:
+    statuses = [row.status for row in rows]
+    return Counts(
+        rows_in=len(rows),
+        kept=statuses.count("kept"),
+        rejected=statuses.count("rejected"),
+        failed=statuses.count("failed"),
+    )

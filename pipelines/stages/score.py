@@ -1,0 +1,67 @@
+"""The specialist answers the pool; specialist and base score each answer, token by token."""
+
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+from stillhouse.configs.recipe import RecipeConfig
+from stillhouse.pipelines.scoring import Scored, score_prompts
+from stillhouse.pipelines.stage import Outcome, Part, Stage, Task
+from stillhouse.pipelines.stage_run import StageRun
+from stillhouse.storage.manifest import Counts
+from stillhouse.storage.records import PromptRecord
+
+
+class ScoreStage(Stage):
+    """`completions` and `scores`: numbers only, no decision (TuneShift-KD, arXiv:2603.24518, §3)."""
+
+    name: ClassVar[str] = "score"
+    after: ClassVar[tuple[str, ...]] = ("ingest", "specialize")
+
+    def model_refs(self, recipe: RecipeConfig) -> tuple[str, ...]:
+        return pair_refs(recipe)
+
+    def waves(self, run: StageRun) -> Iterator[Sequence[Task]]:
+        files = run.files("ingest", "prompts")
+        yield [Task(f"{index:05d}", (file,)) for index, file in enumerate(files)]
+
+    def work(self, task: Task, run: StageRun) -> Iterator[Part]:
+        prompts = [row for row in run.rows(task.inputs, PromptRecord) if row.status == "kept"]
+        yield scored_part(score(run, prompts))
+
+    def finish(self, run: StageRun) -> Outcome:
+        with run.catalog() as catalog:
+            rows = catalog.rows(
+                "SELECT origin, count(*), median(gap), median(confidence) FROM scores "
+                "JOIN prompts USING (prompt_id) WHERE scores.status = 'kept' "
+                "AND prompts.status = 'kept' GROUP BY origin ORDER BY origin"
+            )
+        origins = {
+            origin: {"rows": count, "median_gap": gap, "median_confidence": confidence}
+            for origin, count, gap, confidence in rows
+        }
+        return Outcome(facts={"origins": origins})
+
+
+def pair_refs(recipe: RecipeConfig) -> tuple[str, ...]:
+    """The files that make specialist and base, but for an adapter that this run trains."""
+    models = recipe.models
+    others = (models.specialist, models.adapter if models.adapter != "stage:specialize" else None)
+    return (models.base, *(ref for ref in others if ref is not None))
+
+
+def score(run: StageRun, prompts: Sequence[PromptRecord]) -> Scored:
+    """Score prompts with the run's specialist and base."""
+    worker = run.workers.pair(run.specialist, run.base)
+    return score_prompts(prompts, worker, run.recipe.score, run.recipe.data.template)
+
+
+def scored_part(scored: Scored) -> Part:
+    """The shard of `scored`, all of its rows accounted for."""
+    counts = Counts(
+        rows_in=len(scored.scores),
+        kept=scored.count("kept"),
+        rejected=scored.count("rejected"),
+        failed=scored.count("failed"),
+    )
+    rows = {"completions": scored.completions, "scores": scored.scores}
+    return Part(rows, counts, scored.tokens)

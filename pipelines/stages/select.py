@@ -1,0 +1,35 @@
+"""Keep what is special: the gap against its threshold, then quotas and the budget."""
+
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+from stillhouse.pipelines.selection import judge, selection_counts
+from stillhouse.pipelines.stage import Outcome, Part, Stage, Task
+from stillhouse.pipelines.stage_run import StageRun
+
+
+class SelectStage(Stage):
+    """`selections`: a verdict and its reason for every scored answer."""
+
+    name: ClassVar[str] = "select"
+    after: ClassVar[tuple[str, ...]] = ("ingest", "score")
+
+    def waves(self, run: StageRun) -> Iterator[Sequence[Task]]:
+        yield [Task("pool")]
+
+    def work(self, task: Task, run: StageRun) -> Iterator[Part]:
+        for part, rows in enumerate(judge(run, 0)):
+            yield Part({"selections": rows}, selection_counts(rows), part=part)
+
+    def finish(self, run: StageRun) -> Outcome:
+        with run.catalog() as catalog:
+            rows = catalog.rows(
+                "SELECT origin, count(*), count(*) FILTER (selections.status = 'rejected') "
+                "FROM selections JOIN prompts USING (prompt_id) WHERE prompts.status = 'kept' "
+                "GROUP BY origin ORDER BY origin"
+            )
+        origins = {
+            origin: {"rows": count, "rejected": rejected, "reject_rate": rejected / count}
+            for origin, count, rejected in rows
+        }
+        return Outcome(facts={"origins": origins})

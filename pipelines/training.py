@@ -1,0 +1,89 @@
+"""A trainer's work as a stage: shared by `specialize`, `distill` and the ceiling arm."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from stillhouse.configs.stages import TrainConfig
+from stillhouse.errors import TrainingError
+from stillhouse.pipelines.stage import Outcome, Part
+from stillhouse.pipelines.stage_run import StageRun
+from stillhouse.storage.manifest import Counts
+from stillhouse.storage.records import ExampleRecord, TrainStepRecord
+from stillhouse.workers.protocols import (
+    ModelSpec,
+    TrainExample,
+    TrainJob,
+    TrainOutcome,
+    TrainStep,
+)
+
+
+def train(
+    run: StageRun,
+    model: ModelSpec,
+    examples: Sequence[TrainExample],
+    config: TrainConfig,
+    folder: Path | None = None,
+) -> Part:
+    """Train and return `train_steps` and `examples`; a killed job goes on from its checkpoint."""
+    if not examples:
+        raise TrainingError(
+            f"{run.stage}: expected training examples, found none; look at what was rejected: "
+            "`stillhouse query RUN \"SELECT _stage, reason, count(*) FROM corpus GROUP BY ALL\"`"
+        )
+    job = TrainJob(model, examples, config, folder or run.directory)
+
+    def on_step(step: TrainStep, total: int) -> None:
+        run.observer.progress(run.stage, step.step, total, "steps")
+        run.observer.metric(run.stage, "loss", step.loss, step.step)
+        run.observer.metric(run.stage, "learning_rate", step.learning_rate, step.step)
+        run.observer.metric(run.stage, "gradient_norm", step.gradient_norm, step.step)
+
+    outcome = run.workers.train(job, on_step)
+    rows = {
+        "train_steps": [_step(run.stage, step) for step in outcome.steps],
+        "examples": [_example(run.stage, example, outcome) for example in examples],
+    }
+    rejected = len(outcome.rejected)
+    counts = Counts(rows_in=len(examples), kept=len(examples) - rejected, rejected=rejected)
+    return Part(rows, counts, tokens=sum(step.tokens for step in outcome.steps))
+
+
+def trained(run: StageRun) -> Outcome:
+    """The adapter as an artifact of the stage."""
+    from stillhouse.storage.shards import hash_artifact
+
+    adapter = run.directory / "adapter"
+    files = tuple(
+        hash_artifact(run.folder, path) for path in sorted(adapter.rglob("*")) if path.is_file()
+    )
+    with run.catalog() as catalog:
+        rows = catalog.rows(
+            "SELECT step, loss FROM train_steps WHERE stage = ? ORDER BY step", [run.stage]
+        )
+    relative = adapter.relative_to(run.folder.root).as_posix()
+    return Outcome(files, {"adapter": relative, "steps": rows[-1][0], "last_loss": rows[-1][1]})
+
+
+def _step(stage: str, step: TrainStep) -> TrainStepRecord:
+    return TrainStepRecord(
+        stage=stage,
+        step=step.step,
+        epoch=step.epoch,
+        loss=step.loss,
+        learning_rate=step.learning_rate,
+        gradient_norm=step.gradient_norm,
+        response_tokens=step.response_tokens,
+        tokens=step.tokens,
+    )
+
+
+def _example(stage: str, example: TrainExample, outcome: TrainOutcome) -> ExampleRecord:
+    reason = outcome.rejected.get(example.example_id)
+    return ExampleRecord(
+        stage=stage,
+        example_id=example.example_id,
+        tokens=outcome.tokens.get(example.example_id, 0),
+        status="kept" if reason is None else "rejected",
+        reason=reason,
+    )
