@@ -1,0 +1,1 @@
+"""Model references, the folder of safetensors behind each, and language models loaded from it."""

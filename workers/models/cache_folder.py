@@ -1,0 +1,138 @@
+"""A folder for what is made once and used by every run: digests, converted and toy models.
+
+Standard library only: a finished run asks for fingerprints and must not load torch for them.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from stillhouse.errors import StorageFullError
+
+BLOCK = 1 << 22
+
+
+def default_cache_root() -> Path:
+    """`$STILLHOUSE_CACHE`, else `stillhouse` in the XDG cache folder."""
+    given = os.environ.get("STILLHOUSE_CACHE")
+    if given:
+        return Path(given).expanduser().resolve()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "stillhouse"
+
+
+def file_digest(pieces: Sequence[Path], cache_root: Path) -> str:
+    """SHA-256 of the concatenated `pieces`, remembered by (path, size, mtime_ns) of each."""
+    stamp = [[str(p.resolve()), s.st_size, s.st_mtime_ns] for p in pieces for s in (p.stat(),)]
+    names = "\n".join(str(entry[0]) for entry in stamp)
+    memo = cache_root / "digests" / f"{hashlib.sha256(names.encode()).hexdigest()[:32]}.json"
+    known = _read_memo(memo)
+    if known is not None and known.get("stamp") == stamp:
+        return str(known["sha256"])
+    digest = hashlib.sha256()
+    for block in _blocks(pieces):
+        digest.update(block)
+    _write_memo(memo, {"stamp": stamp, "sha256": digest.hexdigest()})
+    return digest.hexdigest()
+
+
+def join_pieces(pieces: Sequence[Path], target: Path) -> None:
+    """Write the concatenated `pieces` to `target`."""
+    with target.open("wb") as out:
+        for block in _blocks(pieces):
+            out.write(block)
+
+
+def build_once(
+    target: Path, build: Callable[[Path], None], waiting: Callable[[], None] = lambda: None
+) -> Path:
+    """Return folder `target`, made by `build(partial)` if it is not there yet.
+
+    The folder appears whole or not at all, and one process builds while others wait (`waiting`
+    is called in those). Raises StorageFullError when the device is full.
+    """
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target.with_name(f"{target.name}.lock"), waiting):
+        if not target.is_dir():
+            partial = target.with_name(f"{target.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+            partial.mkdir()
+            _build_whole(partial, build)
+            partial.rename(target)
+    return target
+
+
+def _build_whole(partial: Path, build: Callable[[Path], None]) -> None:
+    try:
+        build(partial)
+        for file in partial.rglob("*"):
+            _flush(file)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise StorageFullError(
+                f"no space left on the device while writing {partial}. Free some space, or set "
+                f"STILLHOUSE_CACHE to a folder on a larger device."
+            ) from error
+        raise
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Refuse before the work when `folder`'s device has fewer than `needed` bytes left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise StorageFullError(
+            f"{what} needs {needed / 1e9:.1f} GB in {folder}; {free / 1e9:.1f} GB are free. Free "
+            f"some space, or set STILLHOUSE_CACHE to a folder on a larger device."
+        )
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _blocks(pieces: Sequence[Path]) -> Iterator[bytes]:
+    for piece in pieces:
+        with piece.open("rb") as stream:
+            while block := stream.read(BLOCK):
+                yield block
+
+
+@contextmanager
+def _locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold an advisory lock; the kernel drops it when the process dies."""
+    with path.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _read_memo(path: Path) -> dict[str, object] | None:
+    try:
+        memo = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):  # absent, or cut short by a power failure
+        return None
+    return memo if isinstance(memo, dict) else None
+
+
+def _write_memo(path: Path, memo: dict[str, object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(memo))
+    temporary.replace(path)

@@ -1,0 +1,63 @@
+"""What a model folder must hold before anything is loaded from it."""
+
+import json
+from pathlib import Path
+
+from stillhouse.errors import ModelError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def check_model_folder(folder: Path, name: str) -> None:
+    """Raise ModelError unless `folder` is a whole safetensors model that needs no foreign code."""
+    config = read_json(folder / "config.json", name)
+    if "auto_map" in config:
+        raise ModelError(
+            f"{name}: its config.json has auto_map, which runs Python code from the model's "
+            f"folder ({_foreign_code(config)}). Stillhouse never trusts remote code: use a model "
+            f"whose architecture ({config.get('model_type')}) transformers has itself"
+        )
+    missing = missing_weights(folder)
+    if missing is not None:
+        raise ModelError(f"{name}: {missing}")
+
+
+def missing_weights(folder: Path) -> str | None:
+    """What is missing of a folder's safetensors, in words; None when nothing is."""
+    if (folder / WEIGHTS).is_file():
+        return None
+    if (folder / INDEX).is_file():
+        shards = set(read_json(folder / INDEX, str(folder)).get("weight_map", {}).values())
+        absent = sorted(shard for shard in shards if not (folder / shard).is_file())
+        if not absent:
+            return None
+        return (
+            f"expected the {len(shards)} shards of {INDEX} in {folder}, found {len(absent)} "
+            f"missing, the first {absent[0]}. Fetch it again"
+        )
+    pickles = sorted({path.name for pattern in _PICKLES for path in folder.glob(pattern)})
+    if pickles:
+        return (
+            f"expected safetensors weights, found only {', '.join(pickles)}: pickles run code when "
+            f"they are loaded. Convert them on a machine you trust: model.save_pretrained(...)"
+        )
+    return f"expected {WEIGHTS} in {folder}, found none. Check the path, or fetch it again"
+
+
+def read_json(path: Path, name: str) -> dict[str, dict[str, str]]:
+    """Read a JSON object; raises ModelError when there is none."""
+    if not path.is_file():
+        raise ModelError(f"{name}: expected {path.name} in {path.parent}, found none")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: expected JSON, found {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _foreign_code(config: dict[str, dict[str, str]]) -> str:
+    return ", ".join(sorted(str(value) for value in config["auto_map"].values()))

@@ -1,0 +1,166 @@
+"""A causal language model with its tokenizer, and what one must know to feed it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from stillhouse.errors import ModelError
+from stillhouse.workers.models.refs import parse
+from stillhouse.workers.models.store import ModelStore
+from stillhouse.workers.models.tokenizer import adds_bos, require_eos, restore_bos, wants_bos
+from stillhouse.workers.protocols import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+# Scalings of the logits that `decoder_and_head` would lose.
+_SCALED_LOGITS = ("logits_scaling", "logit_scale")
+
+
+@dataclass(frozen=True, slots=True)
+class TextCodec:
+    """Text to ids and back. `bos` is the id every text begins with, None where there is none.
+
+    `pad` may equal an EOS id (SmolLM2): build attention masks from lengths, never from ids.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    bos: int | None
+    eos_ids: tuple[int, ...]  # the tokenizer's first
+    pad: int
+    context: int  # tokens
+    name: str
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a prompt, with BOS exactly once where the model was trained with it."""
+        ids = self.encode_response(text)
+        if self.bos is None or ids[:1] == [self.bos]:
+            return ids
+        return [self.bos, *ids]
+
+    def encode_response(self, text: str) -> list[int]:
+        """Ids of a continuation: no BOS, no EOS."""
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids, special tokens left out."""
+        text = self.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        assert isinstance(text, str)
+        return text
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageModel(TextCodec):
+    """A codec and the network it feeds: `model` is in eval mode, PEFT-wrapped with an adapter."""
+
+    model: Any
+
+
+class DecoderHead(NamedTuple):
+    """A causal model in two halves, so that callers project only where they need logits.
+
+    `decoder(input_ids=…, attention_mask=…)` returns an output with `last_hidden_state` (B, T, D);
+    logits are `hidden @ head.T` (V, D), then `softcap * tanh(logits / softcap)` unless it is None.
+    """
+
+    decoder: "nn.Module"
+    head: "torch.Tensor"
+    softcap: float | None
+
+
+def load(
+    store: ModelStore, spec: ModelSpec, device: str = "cpu", dtype: str = "float32"
+) -> LanguageModel:
+    """Load a model, with its adapter where the spec has one; raises ModelError when they misfit."""
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    folder = store.folder(spec.ref)
+    codec = load_codec(store, spec.ref)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
+        )
+    except (SafetensorError, ValueError) as error:
+        raise ModelError(
+            f"{spec.ref}: expected a causal language model in whole safetensors in {folder}, "
+            f"found: {error}. Fetch it again, or delete the folder if it is a converted copy"
+        ) from error
+    if spec.adapter is not None:
+        from stillhouse.workers.models.adapter import attach_adapter
+
+        model = attach_adapter(model, spec.adapter)
+    return LanguageModel(
+        tokenizer=codec.tokenizer,
+        bos=codec.bos,
+        eos_ids=codec.eos_ids,
+        pad=codec.pad,
+        context=codec.context,
+        name=codec.name,
+        model=model.to(device).eval(),
+    )
+
+
+def load_codec(store: ModelStore, ref: str) -> TextCodec:
+    """The tokenizer of a model, repaired, without its weights."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder = store.folder(ref)
+    name = parse(ref).name
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True).get_text_config()
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    if wants_bos(config.model_type):
+        restore_bos(tokenizer)
+    eos = require_eos(tokenizer, name, config.eos_token_id)
+    pad = tokenizer.pad_token_id
+    return TextCodec(
+        tokenizer=tokenizer,
+        bos=tokenizer.bos_token_id if adds_bos(tokenizer) else None,
+        eos_ids=_eos_ids(eos, config.eos_token_id, folder),
+        pad=pad if isinstance(pad, int) else eos,
+        context=int(config.max_position_embeddings),
+        name=name,
+    )
+
+
+def _eos_ids(eos: int, configured: int | list[int] | None, folder: Path) -> tuple[int, ...]:
+    """The tokenizer's EOS, then those of the configurations: chat models end a turn with others."""
+    from transformers import GenerationConfig
+
+    ids = [eos]
+    for value in (configured, _generation_eos(folder, GenerationConfig)):
+        ids += value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(dict.fromkeys(ids))
+
+
+def _generation_eos(folder: Path, kind: Any) -> int | list[int] | None:
+    if not (folder / "generation_config.json").is_file():
+        return None
+    found: int | list[int] | None = kind.from_pretrained(str(folder)).eos_token_id
+    return found
+
+
+def decoder_and_head(model: Any) -> DecoderHead:
+    """Split a causal model, through a PEFT wrapper, into its decoder and its head.
+
+    Raises ModelError where logits are more than the head times the last hidden state.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = base.get_output_embeddings()
+    config = base.config.get_text_config()
+    scaled = [name for name in _SCALED_LOGITS if getattr(config, name, None) not in (None, 1.0)]
+    odd = scaled or (["a bias on its head"] if getattr(head, "bias", None) is not None else [])
+    if hasattr(head, "lora_A"):
+        odd = ["an adapter on its head"]
+    if odd:
+        raise ModelError(
+            f"{type(base).__name__}: expected logits = head x hidden state, found {odd[0]}, which "
+            f"the chunked projection does not know. Leave it out, or use another model"
+        )
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return DecoderHead(base.get_decoder(), head.weight, softcap)
