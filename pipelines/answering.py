@@ -1,0 +1,86 @@
+"""A model answers the held-out questions: shared by `evaluate`, `compress` and `deploy`."""
+
+import math
+from collections.abc import Sequence
+
+from stillhouse.configs.stages import CompressConfig
+from stillhouse.pipelines.stage import Part
+from stillhouse.pipelines.stage_run import StageRun
+from stillhouse.pipelines.text import render
+from stillhouse.storage.catalog import Catalog
+from stillhouse.storage.manifest import Counts
+from stillhouse.storage.records import EvaluationRecord, QuestionRecord
+from stillhouse.workers.evaluation import exact_match
+from stillhouse.workers.protocols import (
+    Completion,
+    Decoding,
+    Failed,
+    ModelSpec,
+    Pair,
+    ResponseLogp,
+)
+
+SUMMARY = """
+SELECT count(*) FILTER (status = 'kept'), avg(correct::INT), sum(reference_logp),
+    sum(reference_tokens) FROM evaluations WHERE arm = ?
+"""
+
+
+def answer_questions(
+    run: StageRun,
+    arm: str,
+    spec: ModelSpec,
+    questions: Sequence[QuestionRecord],
+    cache: CompressConfig | None = None,
+) -> Part:
+    """Answer and score questions with one model; with `cache`, on its compressed cache."""
+    config, template = run.recipe.evaluate, run.recipe.data.template.response
+    how = Decoding(config.max_new_tokens, stop=config.stop, batch_size=config.batch_size)
+    worker = run.workers.model(spec)
+    rendered = [question.rendered for question in questions]
+    answers = worker.answer(rendered, how, cache)
+    pairs = [Pair(item.rendered, render(template, item.reference)) for item in questions]
+    logps = worker.logp(pairs, config.batch_size, cache)
+    rows = [
+        _evaluation(arm, question, answer, logp)
+        for question, answer, logp in zip(questions, answers, logps, strict=True)
+    ]
+    failed = sum(row.status == "failed" for row in rows)
+    counts = Counts(rows_in=len(rows), kept=len(rows) - failed, failed=failed)
+    tokens = sum(answer.tokens for answer in answers if isinstance(answer, Completion))
+    tokens += sum(len(logp.token_ids) for logp in logps if isinstance(logp, ResponseLogp))
+    return Part({"evaluations": rows}, counts, tokens)
+
+
+def _evaluation(
+    arm: str,
+    question: QuestionRecord,
+    answer: Completion | Failed,
+    logp: ResponseLogp | Failed,
+) -> EvaluationRecord:
+    failure = next((item.reason for item in (answer, logp) if isinstance(item, Failed)), None)
+    text = answer.text if isinstance(answer, Completion) else ""
+    scored = logp if isinstance(logp, ResponseLogp) else None
+    return EvaluationRecord(
+        arm=arm,
+        question_id=question.question_id,
+        prediction=text,
+        reference=question.reference,
+        correct=None if failure else exact_match(text, question.reference),
+        reference_logp=None if scored is None else math.fsum(scored.logp),
+        reference_tokens=None if scored is None else len(scored.token_ids),
+        status="failed" if failure else "kept",
+        reason=failure,
+    )
+
+
+def summary(catalog: Catalog, arm: str) -> dict[str, float | int]:
+    """Exact match with its standard error, and answer perplexity, of one arm."""
+    [(items, accuracy, logp, tokens)] = catalog.rows(SUMMARY, [arm])
+    accuracy = float(accuracy or 0.0)
+    return {
+        "items": int(items),
+        "exact_match": accuracy,
+        "standard_error": math.sqrt(accuracy * (1 - accuracy) / max(int(items), 1)),
+        "perplexity": math.exp(-logp / tokens) if tokens else math.nan,
+    }

@@ -1,0 +1,109 @@
+"""The corpus: what selection kept, less near-duplicates, degenerate answers and leaks."""
+
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+from stillhouse.pipelines.near_duplicates import sketch
+from stillhouse.pipelines.stage import Outcome, Part, Stage, Task
+from stillhouse.pipelines.stage_run import StageRun
+from stillhouse.pipelines.text import chunked, render
+from stillhouse.storage.manifest import Counts
+from stillhouse.storage.records import CorpusRecord, content_id
+
+CANDIDATES = """
+SELECT prompts.text AS text, prompt_id FROM selections JOIN prompts USING (prompt_id)
+WHERE selections.status = 'kept' AND prompts.status = 'kept' ORDER BY selections.round, prompt_id
+"""
+QUESTIONS = "SELECT text, question_id FROM questions WHERE status = 'kept' ORDER BY question_id"
+
+# A text goes when an earlier one (by round, then id) is its near-duplicate, or when a question is.
+CORPUS = """
+WITH candidates AS (
+    SELECT prompts.*, completions.completion_id, completions.text AS answer,
+        len(scores.token_ids) AS answer_tokens,
+        row_number() OVER (ORDER BY prompts.round, prompt_id) AS place
+    FROM selections JOIN prompts USING (prompt_id)
+    JOIN completions USING (completion_id) JOIN scores USING (completion_id)
+    WHERE selections.status = 'kept' AND prompts.status = 'kept'
+), banded AS (SELECT text_id, kind, shingles, unnest(bands) AS band FROM sketches
+), pairs AS (
+    SELECT DISTINCT a.text_id AS text_id, b.text_id AS other_id, b.kind AS other_kind,
+        a.shingles AS left_shingles, b.shingles AS right_shingles
+    FROM banded a JOIN banded b ON a.band = b.band AND a.text_id <> b.text_id
+    WHERE a.kind = 'candidate'
+), near AS (
+    SELECT text_id, other_id, other_kind FROM pairs
+    WHERE len(list_intersect(left_shingles, right_shingles))
+        >= $near * len(list_distinct(list_concat(left_shingles, right_shingles)))
+), objections AS (
+    SELECT near.text_id, bool_or(other_kind = 'question') AS leak,
+        bool_or(other_kind = 'candidate' AND earlier.place < own.place) AS duplicate
+    FROM near JOIN candidates own ON own.prompt_id = near.text_id
+    LEFT JOIN candidates earlier ON earlier.prompt_id = near.other_id GROUP BY near.text_id
+)
+SELECT prompt_id, completion_id, rendered, answer, split,
+    CASE WHEN leak THEN 'overlaps_evaluation' WHEN duplicate THEN 'near_duplicate'
+         WHEN answer_tokens < $tokens THEN 'degenerate' END AS reason
+FROM candidates LEFT JOIN objections ON objections.text_id = candidates.prompt_id ORDER BY place
+"""
+
+
+class CurateStage(Stage):
+    """`corpus`: training examples, and the reason of each that is not one."""
+
+    name: ClassVar[str] = "curate"
+    after: ClassVar[tuple[str, ...]] = ("ingest", "score", "select", "expand")
+
+    def waves(self, run: StageRun) -> Iterator[Sequence[Task]]:
+        yield [Task("candidates"), Task("questions")]
+        yield [Task("examples")]
+
+    def work(self, task: Task, run: StageRun) -> Iterator[Part]:
+        match task.name:
+            case "candidates":
+                yield from _sketches(run, "candidate", CANDIDATES)
+            case "questions":
+                yield from _sketches(run, "question", QUESTIONS)
+            case _:
+                yield from _corpus(run)
+
+    def finish(self, run: StageRun) -> Outcome:
+        with run.catalog() as catalog:
+            rows = catalog.rows(
+                "SELECT coalesce(reason, split), count(*) FROM corpus GROUP BY ALL ORDER BY ALL"
+            )
+        return Outcome(facts={"rows": dict(rows)})
+
+
+def _sketches(run: StageRun, kind: str, sql: str) -> Iterator[Part]:
+    permutations = run.recipe.curate.permutations
+    with run.catalog() as catalog:
+        rows = catalog.stream(sql)
+        for part, chunk in enumerate(chunked(rows, run.recipe.data.shard_rows)):
+            texts = [(text_id, text) for text, text_id in chunk]
+            yield Part({"sketches": sketch(kind, texts, permutations)}, Counts(), part=part)
+
+
+def _corpus(run: StageRun) -> Iterator[Part]:
+    config = run.recipe.curate
+    parameters = {"near": config.near_duplicate, "tokens": config.min_answer_tokens}
+    template = run.recipe.data.template.response
+    with run.catalog() as catalog:
+        rows = catalog.stream(CORPUS, parameters)
+        for part, chunk in enumerate(chunked(rows, run.recipe.data.shard_rows)):
+            corpus = [
+                CorpusRecord(
+                    example_id=content_id("example", prompt_id, completion_id),
+                    prompt_id=prompt_id,
+                    completion_id=completion_id,
+                    prompt=rendered,
+                    response=render(template, answer),
+                    split=split,
+                    status="kept" if reason is None else "rejected",
+                    reason=reason,
+                )
+                for prompt_id, completion_id, rendered, answer, split, reason in chunk
+            ]
+            kept = sum(row.status == "kept" for row in corpus)
+            counts = Counts(rows_in=len(corpus), kept=kept, rejected=len(corpus) - kept)
+            yield Part({"corpus": corpus}, counts, part=part)
