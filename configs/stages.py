@@ -119,4 +119,5 @@ class DeployConfig(Config):
     model_name: str = "stillhouse-student"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     questions: int = Field(64, ge=1)  # answered again by the reloaded copy
+    max_mismatch: float = Field(0.02, ge=0, le=1)  # share of answers that may differ
     batch_size: int = knob(32, ge=1)

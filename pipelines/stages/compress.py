@@ -1,12 +1,11 @@
 """Fit a compressed key/value cache to the student and measure what it costs."""
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from typing import Any, ClassVar
 
 from stillhouse.configs.base import keyed_values
 from stillhouse.configs.recipe import RecipeConfig
+from stillhouse.errors import ModelError
 from stillhouse.pipelines.answering import answer_questions, summary
 from stillhouse.pipelines.stage import Outcome, Part, Stage, Task
 from stillhouse.pipelines.stage_run import StageRun
@@ -16,6 +15,20 @@ from stillhouse.storage.records import CacheMeasureRecord, QuestionRecord
 from stillhouse.workers.protocols import CacheBytes, CacheMeasure, Failed
 
 ARM = "student_compressed"
+FIGURE_NAMES = (
+    "kl_mean",
+    "kl_max",
+    "perplexity_change",
+    "bytes_per_token",
+    "bytes_per_token_16bit",
+    "tokens",
+)
+FIGURES = """
+SELECT sum(kl_mean * tokens) / sum(tokens), max(kl_max),
+    exp((sum(logp_full) - sum(logp_compressed)) / sum(tokens)) - 1,
+    max(bytes_per_token), max(bytes_per_token_16bit), sum(tokens)::BIGINT
+FROM cache_measures WHERE status = 'kept'
+"""
 
 
 class CompressStage(Stage):
@@ -45,39 +58,29 @@ class CompressStage(Stage):
             yield answer_questions(run, ARM, run.student, questions, run.recipe.compress)
 
     def finish(self, run: StageRun) -> Outcome:
-        from stillhouse.storage.shards import hash_artifact
-
         with run.catalog() as catalog:
             arm = summary(catalog, ARM)
-            [row] = catalog.rows(
-                "SELECT sum(kl_mean * tokens) / sum(tokens), max(kl_max), "
-                "sum(logp_full) / sum(tokens), sum(logp_compressed) / sum(tokens), sum(tokens) "
-                "FROM cache_measures WHERE status = 'kept'"
+            [row] = catalog.rows(FIGURES)
+        if row[0] is None:
+            raise ModelError(
+                "compress: expected next-token divergence on held-out texts, found none that could "
+                "be measured; see `SELECT reason FROM cache_measures`"
             )
-        kl_mean, kl_max, full, compressed, tokens = row
-        size = run.directory / "cache_bytes.json"
-        cache = _read_bytes(run) | {
-            "kl_mean": kl_mean,
-            "kl_max": kl_max,
-            "perplexity_change": math.expm1(full - compressed),
-            "tokens": tokens,
-        }
+        cache = dict(zip(FIGURE_NAMES, row, strict=True))
         limit = run.recipe.compress.max_kl
-        refused = limit is not None and not kl_mean <= limit
-        verdict = f"kl_mean {kl_mean:.4f} is over max_kl {limit}" if refused else None
+        refused = limit is not None and not cache["kl_mean"] <= limit
+        verdict = f"kl_mean {cache['kl_mean']:.4f} is over max_kl {limit}" if refused else None
         for name, value in cache.items():
             run.observer.metric(self.name, name, float(value), 0)
-        facts = {"arm": arm, "cache": cache, "refused": verdict}
-        return Outcome((hash_artifact(run.folder, size),), facts)
+        return Outcome(facts={"arm": arm, "cache": cache, "refused": verdict})
 
 
 def _measure(run: StageRun, questions: Sequence[QuestionRecord]) -> Part:
     template = run.recipe.data.template.response
     texts = [item.rendered + render(template, item.reference) for item in questions]
     measures, size = run.workers.measure_cache(run.student, texts, run.recipe.compress)
-    _write_bytes(run, size)
     rows = [
-        _record(question.question_id, measure)
+        _record(question.question_id, measure, size)
         for question, measure in zip(questions, measures, strict=True)
     ]
     failed = sum(row.status == "failed" for row in rows)
@@ -85,24 +88,17 @@ def _measure(run: StageRun, questions: Sequence[QuestionRecord]) -> Part:
     return Part({"cache_measures": rows}, counts, sum(row.tokens for row in rows))
 
 
-def _record(text_id: str, measure: CacheMeasure | Failed) -> CacheMeasureRecord:
-    if isinstance(measure, Failed):
-        return CacheMeasureRecord(text_id, 0, None, None, None, None, "failed", measure.reason)
-    return CacheMeasureRecord(text_id=text_id, status="kept", reason=None, **asdict(measure))
-
-
-def _write_bytes(run: StageRun, size: CacheBytes) -> None:
-    import json
-
-    path = run.directory / "cache_bytes.json"
-    path.write_text(json.dumps(asdict(size), sort_keys=True), encoding="utf-8")
-
-
-def _read_bytes(run: StageRun) -> dict[str, float]:
-    import json
-
-    values = json.loads((run.directory / "cache_bytes.json").read_text(encoding="utf-8"))
-    return {
-        "bytes_per_token": values["bytes_per_token"],
-        "bytes_per_token_16bit": values["bytes_per_token_16bit"],
-    }
+def _record(text_id: str, measure: CacheMeasure | Failed, size: CacheBytes) -> CacheMeasureRecord:
+    found = None if isinstance(measure, Failed) else measure
+    return CacheMeasureRecord(
+        text_id=text_id,
+        tokens=found.tokens if found else 0,
+        kl_mean=found.kl_mean if found else None,
+        kl_max=found.kl_max if found else None,
+        logp_full=found.logp_full if found else None,
+        logp_compressed=found.logp_compressed if found else None,
+        bytes_per_token=size.bytes_per_token,
+        bytes_per_token_16bit=size.bytes_per_token_16bit,
+        status="kept" if found else "failed",
+        reason=measure.reason if isinstance(measure, Failed) else None,
+    )
