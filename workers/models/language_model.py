@@ -1,5 +1,6 @@
 """A causal language model with its tokenizer, and what one must know to feed it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,7 +13,6 @@ from stillhouse.workers.protocols import ModelSpec
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
 # Scalings of the logits that `decoder_and_head` would lose.
@@ -63,11 +63,12 @@ class LanguageModel(TextCodec):
 class DecoderHead(NamedTuple):
     """A causal model in two halves, so that callers project only where they need logits.
 
-    `decoder(input_ids=…, attention_mask=…)` returns an output with `last_hidden_state` (B, T, D);
-    logits are `hidden @ head.T` (V, D), then `softcap * tanh(logits / softcap)` unless it is None.
+    `decoder(input_ids=…, attention_mask=…, …)` returns the last hidden states (B, T, D), after the
+    final norm; logits are `hidden @ head.T` (head: V, D), then `softcap * tanh(logits / softcap)`
+    unless it is None. A cache passed as `past_key_values` is filled in place.
     """
 
-    decoder: "nn.Module"
+    decoder: Callable[..., "torch.Tensor"]
     head: "torch.Tensor"
     softcap: float | None
 
@@ -163,4 +164,10 @@ def decoder_and_head(model: Any) -> DecoderHead:
             f"the chunked projection does not know. Leave it out, or use another model"
         )
     softcap = getattr(config, "final_logit_softcapping", None)
-    return DecoderHead(base.get_decoder(), head.weight, softcap)
+    decoder = base.get_decoder()
+
+    def hidden(**inputs: Any) -> "torch.Tensor":
+        states: torch.Tensor = decoder(**inputs).last_hidden_state
+        return states
+
+    return DecoderHead(hidden, head.weight, softcap)

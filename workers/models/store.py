@@ -62,7 +62,11 @@ class ModelStore:
         parsed = parse(ref)
         if parsed.scheme not in {"gguf", "package"}:
             return self.folder(ref)
-        target = self.cache_root / "tokenizers" / self.fingerprint(ref)
+        made = self.fingerprint(ref)
+        converted = self.cache_root / "models" / made
+        if converted.is_dir():
+            return converted
+        target = self.cache_root / "tokenizers" / made
         (file,) = locate(ref)
         return build_once(
             target, lambda partial: _write_tokenizer(file, partial), self._waits(parsed.name)

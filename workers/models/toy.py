@@ -42,8 +42,8 @@ class ToyModel:
 
 
 TOYS = {
-    "llama": ToyModel("llama", SMOLLM2, 64, 2, 4, 2, 16, 128, 512, 0, 60, 16, 1e-2, 11),
-    "gemma": ToyModel("gemma", GEMMA, 48, 2, 2, 1, 32, 96, 512, 16, 60, 16, 1e-2, 12),
+    "llama": ToyModel("llama", SMOLLM2, 64, 2, 4, 2, 16, 128, 512, 0, 300, 16, 1e-2, 11),
+    "gemma": ToyModel("gemma", GEMMA, 48, 2, 2, 1, 32, 96, 512, 16, 300, 16, 1e-2, 12),
 }
 
 
