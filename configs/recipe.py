@@ -31,7 +31,6 @@ class ExecutionConfig(Config):
     """How the work is run; nothing here changes what is written."""
 
     threads: int = knob(0, ge=0)  # 0: all cores
-    resume: Literal["auto", "never", "must"] = knob("auto")
 
 
 class RecipeConfig(Config):

@@ -51,18 +51,20 @@ def train(
 
 def trained(run: StageRun) -> Outcome:
     """The adapter as an artifact of the stage."""
-    from stillhouse.storage.shards import hash_artifact
+    from stillhouse.storage.shards import hash_artifacts
 
     adapter = run.directory / "adapter"
-    files = tuple(
-        hash_artifact(run.folder, path) for path in sorted(adapter.rglob("*")) if path.is_file()
-    )
+    files = hash_artifacts(run.folder, adapter)
     with run.catalog() as catalog:
         rows = catalog.rows(
             "SELECT step, loss FROM train_steps WHERE stage = ? ORDER BY step", [run.stage]
         )
-    relative = adapter.relative_to(run.folder.root).as_posix()
-    return Outcome(files, {"adapter": relative, "steps": rows[-1][0], "last_loss": rows[-1][1]})
+    facts = {
+        "adapter": run.folder.relative(adapter),
+        "steps": rows[-1][0],
+        "last_loss": rows[-1][1],
+    }
+    return Outcome(files, facts)
 
 
 def _step(stage: str, step: TrainStep) -> TrainStepRecord:

@@ -1,0 +1,159 @@
+"""Run a recipe: reuse what is finished and unchanged, do the rest, account for every row."""
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from stillhouse.configs.recipe import RecipeConfig
+from stillhouse.errors import ConfigError
+from stillhouse.pipelines.executor import Executor, InProcessExecutor
+from stillhouse.pipelines.keys import Fingerprint, ancestors, stage_keys
+from stillhouse.pipelines.observer import Observer
+from stillhouse.pipelines.presets import chain
+from stillhouse.pipelines.report import build_report
+from stillhouse.pipelines.stage import Stage, Task
+from stillhouse.pipelines.stage_run import StageRun
+from stillhouse.storage.durable import replace_file, sweep
+from stillhouse.storage.integrity import verify
+from stillhouse.storage.layout import RunFolder
+from stillhouse.storage.lock import RunLock
+from stillhouse.storage.manifest import Counts, Manifest, StageEntry
+from stillhouse.workers.protocols import Workers
+
+Resume = Literal["auto", "never", "must"]
+
+
+@dataclass(frozen=True, slots=True)
+class Runner:
+    """A recipe, who does its work and who listens."""
+
+    recipe: RecipeConfig
+    workers: Workers
+    data_fingerprint: Fingerprint
+    observer: Observer = field(default_factory=Observer)
+    executor: Executor = field(default_factory=InProcessExecutor)
+
+    @property
+    def folder(self) -> RunFolder:
+        """The run's folder."""
+        return RunFolder(Path(self.recipe.runs_root) / self.recipe.name)
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The recipe's stages, in order."""
+        return chain(self.recipe)
+
+    def keys(self) -> dict[str, str]:
+        """Each stage's key."""
+        return stage_keys(
+            self.stages(), self.recipe, self.workers.fingerprint, self.data_fingerprint
+        )
+
+    def run(self, resume: Resume = "auto", until: str | None = None) -> Mapping[str, Any]:
+        """Run every stage up to `until`; return the report, which is also in `report.json`.
+
+        Raises LockedError where another process runs this run, IntegrityError where a committed
+        file was changed, ConfigError where `resume` is "must" and there is nothing to go on with.
+        """
+        stages, keys = self._chosen(until), self.keys()
+        self.folder.root.mkdir(parents=True, exist_ok=True)
+        with RunLock(self.folder):
+            manifest = self._start(resume, keys)
+            done = {stage.name: manifest.stage(stage.name, keys[stage.name]) for stage in stages}
+            if not all(done.values()):
+                self.observer.run_started(self.recipe.name, keys)
+            for stage in stages:
+                entry = manifest.stage(stage.name, keys[stage.name])
+                if entry is not None:
+                    self._check(manifest, entry)
+                    self.observer.stage_cached(entry)
+                    continue
+                self._run_stage(stage, manifest, keys)
+            report = build_report(self.recipe, manifest, keys)
+            if not all(done.values()) or not self.folder.report.is_file():
+                self._write_json(self.folder.report, report)
+                self.observer.run_finished(report)
+        return report
+
+    def _chosen(self, until: str | None) -> Sequence[Stage]:
+        stages = self.stages()
+        names = [stage.name for stage in stages]
+        if until is None:
+            return stages
+        if until not in names:
+            raise ConfigError(f"no stage {until!r}: expected one of {', '.join(names)}")
+        return stages[: names.index(until) + 1]
+
+    def _start(self, resume: Resume, keys: Mapping[str, str]) -> Manifest:
+        manifest = Manifest(self.folder)
+        started = any(manifest.shards(name, key) for name, key in keys.items())
+        if resume == "must" and not started:
+            raise ConfigError(
+                f"--resume must: {self.folder.root} holds no shard of this recipe; "
+                "check the recipe and its overrides, or run with --resume auto"
+            )
+        if resume == "never":
+            shutil.rmtree(self.folder.root / "stages", ignore_errors=True)
+            self.folder.manifest.unlink(missing_ok=True)
+            self.folder.report.unlink(missing_ok=True)
+            manifest = Manifest(self.folder)
+        sweep(self.folder)
+        self._write_json(self.folder.recipe, self.recipe.model_dump(mode="json"))
+        self._write_json(self.folder.plan, keys)
+        return manifest
+
+    def _write_json(self, path: Path, value: object) -> None:
+        replace_file(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+    def _check(self, manifest: Manifest, entry: StageEntry) -> None:
+        shards = manifest.shards(entry.stage, entry.key).values()
+        verify(self.folder, [*entry.files, *(file for shard in shards for file in shard.files)])
+
+    def _run_stage(self, stage: Stage, manifest: Manifest, keys: Mapping[str, str]) -> None:
+        names = ancestors(self.stages(), stage.name)
+        run = StageRun(
+            stage=stage.name,
+            key=keys[stage.name],
+            recipe=self.recipe,
+            folder=self.folder,
+            manifest=manifest,
+            keys={name: keys[name] for name in names},
+            workers=self.workers,
+            observer=self.observer,
+        )
+        committed = manifest.shards(stage.name, run.key)
+        verify(self.folder, [file for shard in committed.values() for file in shard.files])
+        self.observer.stage_started(stage.name, run.key, len(committed))
+        earlier = sum(shard.seconds for shard in committed.values())
+        started = time.monotonic()
+        for wave in stage.waves(run):
+            self._run_wave(stage, wave, run)
+        outcome = stage.finish(run)
+        shards = manifest.shards(stage.name, run.key).values()
+        counts = sum((shard.counts for shard in shards), Counts())
+        counts.check(stage.name)
+        entry = StageEntry(
+            stage=stage.name,
+            key=run.key,
+            files=outcome.files,
+            counts=counts,
+            tokens=sum(shard.tokens for shard in shards),
+            seconds=earlier + time.monotonic() - started,
+            facts=dict(outcome.facts),
+        )
+        manifest.append(entry)
+        self.observer.stage_finished(entry)
+
+    def _run_wave(self, stage: Stage, wave: Sequence[Task], run: StageRun) -> None:
+        done = run.manifest.shards(stage.name, run.key)
+        waiting = [task for task in wave if task.name not in done]
+        names = {task.name for task in waiting}
+        finished = len(wave) - len(waiting)
+        for entry in self.executor.run(stage, waiting, run):
+            run.manifest.append(entry)
+            self.observer.shard_committed(entry)
+            finished += entry.shard in names
+            self.observer.progress(stage.name, finished, len(wave), "tasks")

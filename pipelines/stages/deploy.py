@@ -1,0 +1,121 @@
+"""Export the student, ask the exported copy again, and let it in only if it answers the same."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from stillhouse.configs.recipe import RecipeConfig
+from stillhouse.pipelines.stage import Outcome, Part, Stage, Task
+from stillhouse.pipelines.stage_run import StageRun
+from stillhouse.storage.manifest import Counts, FileEntry
+from stillhouse.storage.records import DeploymentRecord
+from stillhouse.workers.protocols import Completion, Decoding, ExportJob, Failed, ModelSpec
+
+EXPECTED = """
+SELECT question_id, rendered, prediction FROM evaluations JOIN questions USING (question_id)
+WHERE arm = 'student' AND evaluations.status = 'kept' ORDER BY question_id LIMIT ?
+"""
+
+
+class DeployStage(Stage):
+    """`deployments`, and the student as a folder of safetensors with its `stillhouse.json`."""
+
+    name: ClassVar[str] = "deploy"
+    after: ClassVar[tuple[str, ...]] = ("ingest", "distill", "evaluate", "compress")
+
+    def model_refs(self, recipe: RecipeConfig) -> tuple[str, ...]:
+        return (recipe.models.target,)
+
+    def waves(self, run: StageRun) -> Iterator[Sequence[Task]]:
+        yield [Task("export")]
+        yield [Task("replay")]
+
+    def work(self, task: Task, run: StageRun) -> Iterator[Part]:
+        if task.name == "export":
+            yield _export(run)
+        else:
+            yield _replay(run)
+
+    def finish(self, run: StageRun) -> Outcome:
+        with run.catalog() as catalog:
+            [(asked, same)] = catalog.rows(
+                "SELECT count(*), count(*) FILTER (status = 'kept') FROM deployments"
+            )
+        allowed = run.recipe.deploy.max_mismatch
+        refused = None
+        if not asked or (asked - same) / asked > allowed:
+            refused = (
+                f"the exported copy gave another answer to {asked - same} of {asked} questions, "
+                f"allowed is a share of {allowed}; see the table `deployments`"
+            )
+        refused = refused or run.facts("compress")["refused"]
+        passed = bool(run.facts("evaluate")["gate"]["passed"])
+        facts = {
+            "model": run.folder.relative(_model_folder(run)),
+            "name": run.recipe.deploy.model_name,
+            "asked": asked,
+            "same": same,
+            "refused": refused,
+            "promoted": refused is None and passed,
+        }
+        return Outcome(_files(run), facts)
+
+
+def _model_folder(run: StageRun) -> Path:
+    return run.directory / "model"
+
+
+def _export(run: StageRun) -> Part:
+    manifest: dict[str, object] = {
+        "run": run.recipe.name,
+        "keys": dict(run.keys),
+        "target": run.recipe.models.target,
+        "recovery": run.facts("evaluate")["recovery"],
+        "gate": run.facts("evaluate")["gate"],
+        "cache": run.recipe.compress.model_dump(mode="json"),
+        "cache_measured": run.facts("compress")["cache"],
+        "template": run.recipe.data.template.model_dump(mode="json"),
+    }
+    job = ExportJob(run.student, _model_folder(run), run.recipe.deploy.dtype, manifest)
+    run.workers.export(job)
+    return Part({}, Counts())
+
+
+def _replay(run: StageRun) -> Part:
+    with run.catalog() as catalog:
+        rows = catalog.rows(EXPECTED, [run.recipe.deploy.questions])
+    config = run.recipe.evaluate
+    how = Decoding(
+        config.max_new_tokens, stop=config.stop, batch_size=run.recipe.deploy.batch_size
+    )
+    copy = run.workers.model(ModelSpec(str(_model_folder(run))))
+    answers = copy.answer([rendered for _, rendered, _ in rows], how)
+    records = [
+        _record(question_id, expected, answer)
+        for (question_id, _, expected), answer in zip(rows, answers, strict=True)
+    ]
+    statuses = [record.status for record in records]
+    counts = Counts(
+        rows_in=len(records),
+        kept=statuses.count("kept"),
+        rejected=statuses.count("rejected"),
+        failed=statuses.count("failed"),
+    )
+    tokens = sum(answer.tokens for answer in answers if isinstance(answer, Completion))
+    return Part({"deployments": records}, counts, tokens)
+
+
+def _record(question_id: str, expected: str, answer: Completion | Failed) -> DeploymentRecord:
+    if isinstance(answer, Failed):
+        return DeploymentRecord(question_id, expected, "", "failed", answer.reason)
+    same = answer.text == expected
+    reason = None if same else "differs"
+    return DeploymentRecord(
+        question_id, expected, answer.text, "kept" if same else "rejected", reason
+    )
+
+
+def _files(run: StageRun) -> tuple[FileEntry, ...]:
+    from stillhouse.storage.shards import hash_artifacts
+
+    return hash_artifacts(run.folder, _model_folder(run))
