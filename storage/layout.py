@@ -1,0 +1,82 @@
+"""Where everything of a run lies; the only place that spells a run folder's paths.
+
+runs/<name>/
+    recipe.resolved.json  plan.json  manifest.jsonl  events.jsonl  report.json
+    logs/  .lock  .verified.json  .tracking/
+    stages/<stage>/<key>/<table>/part-<shard>.parquet
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """The paths of one run. Nothing is created by asking for a path."""
+
+    root: Path
+
+    @property
+    def manifest(self) -> Path:
+        """What has been committed, one line a shard or stage."""
+        return self.root / "manifest.jsonl"
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe with its inheritance and overrides resolved."""
+        return self.root / "recipe.resolved.json"
+
+    @property
+    def plan(self) -> Path:
+        """The current recipe's keys: `{stage: key}`."""
+        return self.root / "plan.json"
+
+    @property
+    def events(self) -> Path:
+        """What happened, in order; tracking uploads from here."""
+        return self.root / "events.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        """The folder of log files."""
+        return self.root / "logs"
+
+    @property
+    def report(self) -> Path:
+        """The run's result for programs."""
+        return self.root / "report.json"
+
+    @property
+    def lock(self) -> Path:
+        """The file whose lock says who runs this run."""
+        return self.root / ".lock"
+
+    @property
+    def verified(self) -> Path:
+        """The hashes that were checked, so that unchanged files are not read again."""
+        return self.root / ".verified.json"
+
+    @property
+    def tracking(self) -> Path:
+        """How far each tracking server has been told, and the ids it gave."""
+        return self.root / ".tracking"
+
+    @property
+    def spill(self) -> Path:
+        """Where queries put what does not fit in memory."""
+        return self.root / ".spill"
+
+    def stage_dir(self, stage: str, key: str) -> Path:
+        """Return the folder of all that `stage` wrote under `key`."""
+        return self.root / "stages" / stage / key
+
+    def shard_path(self, stage: str, key: str, table: str, shard: str) -> Path:
+        """Return the Parquet file of one table of one shard."""
+        return self.stage_dir(stage, key) / table / f"part-{shard}.parquet"
+
+    def relative(self, path: Path) -> str:
+        """Return `path` as manifests write it: relative to the run folder, with `/`.
+
+        Raises ValueError when `path` lies outside the run folder.
+        """
+        return path.resolve().relative_to(self.root.resolve()).as_posix()
