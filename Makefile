@@ -30,7 +30,8 @@ check: setup  ## format, lint, types, import rules
 	@echo "== mypy"; cd .typing && $(BIN)/mypy --config-file ../pyproject.toml -p stillhouse -p tests -p tools
 	@echo "== import-linter"; cd .typing && $(BIN)/lint-imports --config ../pyproject.toml --cache-dir ../.import_linter_cache
 
-fmt: setup  ## format the code and mend what ruff can mend
+fmt: setup  ## format the code, mend what ruff can mend, renew the list of packages
+	@$(PY) tools/package_list.py
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format .
 

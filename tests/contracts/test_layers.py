@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,8 @@ def sound_tree(tmp_path: Path) -> Path:
     plant(
         tmp_path,
         "pipelines/plan.py",
-        "import stillhouse.workers.trainer, stillhouse.storage.catalog, stillhouse.configs.recipe\n",
+        "import stillhouse.workers.trainer\n"
+        "import stillhouse.storage.catalog, stillhouse.configs.recipe\n",
     )
     plant(
         tmp_path,
@@ -125,13 +127,11 @@ def test_a_planted_import_is_red(sound_tree: Path, contract: str, module: str, c
 def test_what_is_imported_is_declared() -> None:
     import_names = importlib.metadata.packages_distributions()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    lines = chain(project["dependencies"], *project["optional-dependencies"].values())
     declared = {canonicalize_name(Requirement(line).name) for line in lines}
     for name in third_party_imports():
         owners = {canonicalize_name(owner) for owner in import_names.get(name, [name])}
-        assert owners & declared, (
-            f"{name} is imported, but no dependency in pyproject.toml brings it"
-        )
+        assert owners & declared, f"no dependency in pyproject.toml brings {name}"
 
 
 def third_party_imports() -> set[str]:

@@ -20,20 +20,8 @@ from stillhouse import ROOMS, __version__
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SHIPPED = ("stillhouse", *ROOMS)
-HEAVY = frozenset(
-    [
-        "accelerate",
-        "datasets",
-        "duckdb",
-        "mlflow",
-        "peft",
-        "pyarrow",
-        "ray",
-        "torch",
-        "transformers",
-        "vllm",
-    ]
-)
+HEAVY = {"accelerate", "datasets", "duckdb", "mlflow", "peft"}
+HEAVY |= {"pyarrow", "ray", "torch", "transformers", "vllm"}
 
 
 def run_python(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -67,13 +55,11 @@ def modules() -> dict[str, Path]:
 LOCATE = """
 import importlib.resources, importlib.util, json, sys
 import stillhouse
+recipes = importlib.resources.files("stillhouse.configs").joinpath("recipes")
 names = json.loads(sys.argv[1])
 print(json.dumps({
     "modules": {n: getattr(importlib.util.find_spec(n), "origin", None) for n in names},
-    "recipes": sorted(
-        p.name for p in importlib.resources.files("stillhouse.configs").joinpath("recipes").iterdir()
-        if p.name.endswith(".yaml")
-    ),
+    "recipes": sorted(p.name for p in recipes.iterdir() if p.name.endswith(".yaml")),
 }))
 """
 
@@ -180,7 +166,7 @@ def test_the_listed_packages_are_the_tree() -> None:
         ".".join(f.parts if f.parts[0] == "stillhouse" else ("stillhouse", *f.parts))
         for f in folders
     }
-    assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == names
+    assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == names, "`make fmt` renews the list"
     places = {"stillhouse": "stillhouse"} | {f"stillhouse.{room}": room for room in ROOMS}
     assert PYPROJECT["tool"]["setuptools"]["package-dir"] == places
 
