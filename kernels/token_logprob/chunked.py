@@ -1,0 +1,220 @@
+"""log softmax(hidden @ weight^T)[target], a chunk of tokens at a time, with its gradients.
+
+As in Liger Kernel's fused linear cross entropy (arXiv:2410.10989, §3.2), the gradient with respect
+to `hidden` is computed in the forward pass, while a chunk's logits are there. Unlike a mean loss,
+each token has its own upstream gradient g_t, unknown until the backward pass. It is one factor a
+row for `hidden`, so the rows are kept for g = 1 and scaled. For `weight` it is inside the sum over
+tokens, so the logits are computed again, chunk by chunk, and the gradient is exact.
+
+Shape suffixes: T tokens, C tokens of a chunk, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+DEFAULT_CHUNK = 128  # 128 MiB of logits at a vocabulary of 262,144
+_VOCABULARY_BLOCK = 8192  # rows of a low-precision weight widened at a time
+
+
+def token_logprob(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    *,
+    softcap: float | None = None,
+    chunk: int = DEFAULT_CHUNK,
+) -> Tensor:
+    """The log-probability of each target token: float32 [T] (float64 for float64 inputs).
+
+    hidden_TD: [T, D] and weight_VD: [V, D], floating; inputs below float32 are widened, so sums
+    are in float32. target_T: int64 [T] in 0…V-1. softcap: bounds logits by softcap·tanh(·/softcap).
+    chunk: tokens at a time; one [chunk, V] buffer is alive, two in a backward with softcap.
+
+    Differentiable once in hidden and weight; nothing is computed for gradients under no_grad.
+    ValueError for shapes or dtypes that do not fit and for targets outside the vocabulary (this
+    reads one number back from the device): drop tokens without a loss before the call.
+    """
+    _require_inputs(hidden_TD, weight_VD, target_T, softcap, chunk)
+    if torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad):
+        logprob_T: Tensor = _TokenLogprob.apply(hidden_TD, weight_VD, target_T, softcap, chunk)
+        return logprob_T
+    return _forward(hidden_TD, weight_VD, target_T, softcap, chunk, None)
+
+
+class _Context(FunctionCtx):
+    """What the forward pass leaves for the backward pass."""
+
+    saved_tensors: tuple[Tensor, Tensor, Tensor, Tensor]
+    needs_input_grad: tuple[bool, ...]
+    softcap: float | None
+    chunk: int
+
+
+class _TokenLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: _Context,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        target_T: Tensor,
+        softcap: float | None,
+        chunk: int,
+    ) -> Tensor:
+        # Rows of d logprob_t / d hidden_t, in the wide dtype: they are scaled before rounding.
+        rows = hidden_TD.shape[0] if ctx.needs_input_grad[0] else 0
+        grad_TD = hidden_TD.new_empty(
+            (rows, hidden_TD.shape[1]), dtype=_wide_dtype(hidden_TD, weight_VD)
+        )
+        logprob_T = _forward(
+            hidden_TD, weight_VD, target_T, softcap, chunk, grad_TD if rows else None
+        )
+        ctx.save_for_backward(hidden_TD, weight_VD, target_T, grad_TD)
+        ctx.softcap, ctx.chunk = softcap, chunk
+        return logprob_T
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: _Context, upstream_T: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        hidden_TD, weight_VD, target_T, grad_TD = ctx.saved_tensors
+        hidden_grad = weight_grad = None
+        if ctx.needs_input_grad[0]:
+            # Not in place: the graph may be walked again under retain_graph.
+            hidden_grad = (grad_TD * upstream_T[:, None]).to(hidden_TD.dtype)
+        if ctx.needs_input_grad[1]:
+            weight_grad = _weight_gradient(
+                hidden_TD, weight_VD, target_T, upstream_T, ctx.softcap, ctx.chunk
+            )
+        return hidden_grad, weight_grad, None, None, None
+
+
+def _forward(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    softcap: float | None,
+    chunk: int,
+    grad_TD: Tensor | None,
+) -> Tensor:
+    """Log-probabilities [T]; writes d logprob_t / d hidden_t into `grad_TD` when it is given."""
+    logprob_T = hidden_TD.new_empty(hidden_TD.shape[0], dtype=_wide_dtype(hidden_TD, weight_VD))
+    for rows in _chunks(hidden_TD.shape[0], chunk):
+        logits_CV = _logits(hidden_TD[rows], weight_VD, softcap)
+        slope_CV = None if grad_TD is None else _softcap_slope(logits_CV, softcap)
+        logprob_T[rows] = _softmax_(logits_CV, target_T[rows])
+        if grad_TD is not None:
+            _logit_gradient_(logits_CV, target_T[rows], slope_CV)
+            _multiply_weight(logits_CV, weight_VD, grad_TD[rows])
+    return logprob_T
+
+
+def _weight_gradient(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    upstream_T: Tensor,
+    softcap: float | None,
+    chunk: int,
+) -> Tensor:
+    """Σ_t g_t · (d logprob_t / d logits_t) ⊗ hidden_t, [V, D] in the dtype of the weight."""
+    grad_VD = torch.zeros_like(weight_VD, dtype=_wide_dtype(hidden_TD, weight_VD))
+    for rows in _chunks(hidden_TD.shape[0], chunk):
+        logits_CV = _logits(hidden_TD[rows], weight_VD, softcap)
+        slope_CV = _softcap_slope(logits_CV, softcap)
+        _softmax_(logits_CV, target_T[rows])
+        _logit_gradient_(logits_CV, target_T[rows], slope_CV)
+        logits_CV *= upstream_T[rows, None]
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            grad_VD.addmm_(logits_CV.T, hidden_TD[rows].to(grad_VD.dtype))
+    return grad_VD.to(weight_VD.dtype)
+
+
+def _logits(hidden_CD: Tensor, weight_VD: Tensor, softcap: float | None) -> Tensor:
+    """A fresh [C, V] buffer of (capped) logits in the wide dtype."""
+    wide = _wide_dtype(hidden_CD, weight_VD)
+    hidden_CD = hidden_CD.to(wide)
+    logits_CV = hidden_CD.new_empty((hidden_CD.shape[0], weight_VD.shape[0]))
+    # Autocast would round the products that are widened here on purpose.
+    with torch.autocast(hidden_CD.device.type, enabled=False):
+        for block in _weight_blocks(weight_VD, wide):
+            torch.mm(hidden_CD, weight_VD[block].to(wide).T, out=logits_CV[:, block])
+    if softcap is not None:
+        logits_CV.div_(softcap).tanh_().mul_(softcap)
+    return logits_CV
+
+
+def _multiply_weight(grad_CV: Tensor, weight_VD: Tensor, out_CD: Tensor) -> None:
+    """out = grad @ weight, in the wide dtype."""
+    out_CD.zero_()
+    with torch.autocast(out_CD.device.type, enabled=False):
+        for block in _weight_blocks(weight_VD, out_CD.dtype):
+            out_CD.addmm_(grad_CV[:, block], weight_VD[block].to(out_CD.dtype))
+
+
+def _softcap_slope(logits_CV: Tensor, softcap: float | None) -> Tensor | None:
+    """d capped / d raw = 1 - tanh², from the capped logits."""
+    return None if softcap is None else 1 - (logits_CV / softcap).square_()
+
+
+def _softmax_(logits_CV: Tensor, target_C: Tensor) -> Tensor:
+    """Overwrite logits with probabilities; return the targets' log-probabilities [C]."""
+    logits_CV -= logits_CV.amax(dim=-1, keepdim=True)
+    shifted_C = logits_CV.gather(1, target_C[:, None]).squeeze(1)
+    mass_C = logits_CV.exp_().sum(dim=-1)
+    logits_CV /= mass_C[:, None]
+    return shifted_C - mass_C.log()
+
+
+def _logit_gradient_(probability_CV: Tensor, target_C: Tensor, slope_CV: Tensor | None) -> None:
+    """Overwrite probabilities with d logprob / d raw logits = (onehot - p) · slope."""
+    probability_CV.neg_()
+    one = probability_CV.new_ones((target_C.shape[0], 1))
+    probability_CV.scatter_add_(1, target_C[:, None], one)
+    if slope_CV is not None:
+        probability_CV *= slope_CV
+
+
+def _wide_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    wide = torch.promote_types(hidden.dtype, weight.dtype)
+    return wide if wide == torch.float64 else torch.float32
+
+
+def _chunks(length: int, chunk: int) -> Iterator[slice]:
+    return (slice(start, min(start + chunk, length)) for start in range(0, length, chunk))
+
+
+def _weight_blocks(weight_VD: Tensor, wide: torch.dtype) -> Iterator[slice]:
+    """All rows at once when nothing is widened, else blocks, so that no wide copy is held."""
+    rows = weight_VD.shape[0]
+    return _chunks(rows, rows if weight_VD.dtype == wide else _VOCABULARY_BLOCK)
+
+
+def _require_inputs(
+    hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor, softcap: float | None, chunk: int
+) -> None:
+    shapes = [list(t.shape) for t in (hidden_TD, weight_VD, target_T)]
+    fits = [len(shape) for shape in shapes] == [2, 2, 1]
+    if not fits or shapes[0][1] != shapes[1][1] or shapes[0][0] != shapes[2][0]:
+        raise ValueError(f"expected hidden [T, D], weight [V, D], target [T], found {shapes}")
+    if not (hidden_TD.is_floating_point() and weight_VD.is_floating_point()):
+        raise ValueError(
+            f"expected floating hidden and weight, found {hidden_TD.dtype}, {weight_VD.dtype}"
+        )
+    if target_T.dtype != torch.int64:
+        raise ValueError(f"expected int64 targets, found {target_T.dtype}")
+    if chunk < 1:
+        raise ValueError(f"expected a chunk of at least one token, found {chunk}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"expected a positive softcap, or None for no cap, found {softcap}")
+    vocabulary = weight_VD.shape[0]
+    outside = (target_T < 0) | (target_T >= vocabulary)
+    if bool(outside.any()):
+        found = target_T[outside][0].item()
+        raise ValueError(
+            f"expected targets in 0…{vocabulary - 1}, found {found}; "
+            "drop tokens without a loss (such as -100) before the call"
+        )

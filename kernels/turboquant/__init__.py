@@ -1,0 +1,26 @@
+"""TurboQuant (arXiv:2504.19874): vectors to a few bits a coordinate and one float16 scalar."""
+
+from stillhouse.kernels.turboquant.codebook import (
+    SUPPORTED_BITS,
+    Codebook,
+    distortion,
+    gaussian_codebook,
+)
+from stillhouse.kernels.turboquant.codec import SCALAR_KINDS, MseCodec, PackedVectors, ScalarKind
+from stillhouse.kernels.turboquant.packing import pack, packed_bytes, unpack
+from stillhouse.kernels.turboquant.rotation import Rotation
+
+__all__ = [
+    "SCALAR_KINDS",
+    "SUPPORTED_BITS",
+    "Codebook",
+    "MseCodec",
+    "PackedVectors",
+    "Rotation",
+    "ScalarKind",
+    "distortion",
+    "gaussian_codebook",
+    "pack",
+    "packed_bytes",
+    "unpack",
+]
