@@ -45,6 +45,9 @@ _ALLOWED = (
 )
 _BATCH = 1024
 
+# Values for `?` in order, or for `$name` by name.
+Parameters = Sequence[object] | Mapping[str, object]
+
 
 class Catalog:
     """The tables of a run. Close it, or use it in a `with` block."""
@@ -95,7 +98,7 @@ class Catalog:
         sql: str,
         record_type: type[R],
         batch_rows: int = _BATCH,
-        parameters: Sequence[object] = (),
+        parameters: Parameters = (),
     ) -> Iterator[R]:
         """Yield the rows of `sql` as records, `batch_rows` in memory at a time.
 
@@ -110,9 +113,13 @@ class Catalog:
         places = [names.index(name) for name in wanted]
         return (record_type(*(row[place] for place in places)) for row in rows)
 
-    def rows(self, sql: str, parameters: Sequence[object] = ()) -> list[tuple[Any, ...]]:
+    def rows(self, sql: str, parameters: Parameters = ()) -> list[tuple[Any, ...]]:
         """Return all rows of an internal query that is known to be short."""
         return list(self._stream(sql, parameters, _BATCH)[1])
+
+    def stream(self, sql: str, parameters: Parameters = ()) -> Iterator[tuple[Any, ...]]:
+        """Yield the rows of an internal query of any length, a batch in memory at a time."""
+        return self._stream(sql, parameters, _BATCH)[1]
 
     def query(self, sql: str) -> tuple[list[str], Iterator[tuple[Any, ...]]]:
         """Run a user's SQL and return its column names and an iterator over its rows.
@@ -133,18 +140,18 @@ class Catalog:
         """
         return trace(self._dicts, identity)
 
-    def _dicts(self, sql: str, parameters: Sequence[object]) -> list[dict[str, Any]]:
+    def _dicts(self, sql: str, parameters: Parameters) -> list[dict[str, Any]]:
         names, rows = self._stream(sql, parameters, _BATCH)
         return [dict(zip(names, row, strict=True)) for row in rows]
 
     def _stream(
-        self, sql: str, parameters: Sequence[object], batch: int
+        self, sql: str, parameters: Parameters, batch: int
     ) -> tuple[list[str], Iterator[tuple[Any, ...]]]:
         """Start a read-only query on a cursor of its own; rows are made as they are asked for."""
         cursor = self._connection.cursor()
         cursor.execute("BEGIN TRANSACTION READ ONLY")
         try:
-            cursor.execute(sql, list(parameters))
+            cursor.execute(sql, parameters)
         except duckdb.IOException as error:
             raise IntegrityError(_unreadable(error)) from error
         return [column[0] for column in cursor.description or ()], _batches(cursor, batch)
