@@ -115,7 +115,8 @@ def _network(
         "pad_token_id": pad,
     }
     if toy.family == "llama":
-        return LlamaForCausalLM(LlamaConfig(**common))
+        untyped: Any = LlamaForCausalLM
+        return untyped(LlamaConfig(**common))
     kinds = ["sliding_attention"] * (toy.layers - 1) + ["full_attention"]
     return Gemma3ForCausalLM(
         Gemma3TextConfig(
@@ -135,7 +136,7 @@ def _train(model: Any, corpus: _Corpus, toy: ToyModel, unused: int) -> None:
         for group in optimizer.param_groups:
             group["lr"] = toy.learning_rate * (1 - step / toy.steps)
         loss = _loss(model, rng.sample(corpus.rows, toy.batch), unused)
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
