@@ -12,6 +12,9 @@ class Observer:
     def note(self, text: str) -> None:
         """Something a user should know."""
 
+    def run_opened(self) -> None:
+        """The run is ours: its lock is held."""
+
     def run_started(self, name: str, keys: Mapping[str, str]) -> None:
         """There is work to do."""
 
@@ -46,6 +49,10 @@ class Observers(Observer):
     def note(self, text: str) -> None:
         for member in self._members:
             member.note(text)
+
+    def run_opened(self) -> None:
+        for member in self._members:
+            member.run_opened()
 
     def run_started(self, name: str, keys: Mapping[str, str]) -> None:
         for member in self._members:

@@ -61,6 +61,7 @@ class Runner:
         stages, keys = self._chosen(until), self.keys()
         self.folder.root.mkdir(parents=True, exist_ok=True)
         with RunLock(self.folder):
+            self.observer.run_opened()
             manifest = self._start(resume, keys)
             done = {stage.name: manifest.stage(stage.name, keys[stage.name]) for stage in stages}
             if not all(done.values()):

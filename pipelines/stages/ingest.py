@@ -5,6 +5,7 @@ source (`raw`), then DuckDB finds the first of each text and `prompts` and `ques
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -91,7 +92,7 @@ def _sources(recipe: RecipeConfig) -> tuple[SourceConfig, ...]:
 
 def _read(run: StageRun, index: int) -> Iterator[Part]:
     source = _sources(run.recipe)[index]
-    rows = enumerate(read(source.ref, Path.cwd()))
+    rows = enumerate(read(source.ref, Path.cwd(), _columns(source)))
     for part, chunk in enumerate(chunked(_limited(rows, source.limit), run.recipe.data.shard_rows)):
         raw = [_raw(run.recipe, source, index, number, row) for number, row in chunk]
         yield Part({"raw": _measured(run, raw)}, Counts(), part=part)
@@ -119,11 +120,11 @@ def _raw(
     if isinstance(row, MalformedRow):
         reason = f"malformed: {row.reason}"
     else:
-        text = normalise(_column(row, source.prompt))
+        text = normalise(row.values[source.prompt])
         if isinstance(source, PoolConfig) and source.origin_column:
-            origin = _column(row, source.origin_column)
+            origin = row.values[source.origin_column]
         if source.response and kind == "question":
-            reference = _column(row, source.response).strip()
+            reference = row.values[source.response].strip()
         reason = None if text else "empty"
     bare = isinstance(source, PoolConfig) and source.template == "none"
     return RawRecord(
@@ -140,14 +141,10 @@ def _raw(
     )
 
 
-def _column(row: SourceRow, name: str) -> str:
-    try:
-        return row.values[name]
-    except KeyError:
-        raise SourceError(
-            f"{row.locator}: expected a column {name!r}, found {', '.join(sorted(row.values))}; "
-            "name the right one in the recipe (`prompt:`, `response:` or `origin_column:`)"
-        ) from None
+def _columns(source: SourceConfig) -> list[str]:
+    origin = source.origin_column if isinstance(source, PoolConfig) else None
+    response = None if isinstance(source, PoolConfig) else source.response
+    return [name for name in (source.prompt, origin, response) if name is not None]
 
 
 def _measured(run: StageRun, rows: list[RawRecord]) -> list[RawRecord]:
@@ -164,8 +161,6 @@ def _measured(run: StageRun, rows: list[RawRecord]) -> list[RawRecord]:
 
 
 def _too_long(row: RawRecord, tokens: int, limit: int) -> RawRecord:
-    from dataclasses import replace
-
     return replace(row, status="rejected", reason=f"too_long: {tokens} tokens, limit {limit}")
 
 

@@ -60,7 +60,7 @@ def private_examples(recipe: RecipeConfig) -> list[TrainExample]:
     if source is None or source.response is None:
         raise SourceError("data.private: expected a source of training pairs, found none")
     examples = []
-    for number, row in enumerate(read(source.ref, Path.cwd())):
+    for number, row in enumerate(read(source.ref, Path.cwd(), (source.prompt, source.response))):
         if source.limit is not None and number >= source.limit:
             break
         if isinstance(row, MalformedRow):

@@ -1,0 +1,96 @@
+"""What a stage would cost: rows, tokens, time, bytes. Estimates, and printed as such.
+
+A stage that this run finished before, under another key, is taken to cost the same again. Else: a
+forward pass takes about 2 floating-point operations a parameter and token, LoRA training about 5
+(frozen weights need no gradient of their own).
+"""
+
+import os
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from stillhouse.configs.data import SourceConfig
+from stillhouse.configs.recipe import RecipeConfig
+from stillhouse.configs.stages import TrainConfig
+from stillhouse.storage.manifest import Manifest, StageEntry
+from stillhouse.workers.models.size import parameters
+from stillhouse.workers.sources.reader import read
+
+FLOPS_PER_CORE = 70e9  # SmolLM2-135M runs 270 tokens/s forward on one core (docs/measurements.md)
+PROMPT_TOKENS = 30
+ANSWER_TOKENS = 5
+ROW_BYTES = 300  # a Parquet row of text, ids and a few log-probabilities
+MOST_ROWS = 1_000_000  # counted; a larger source is taken to have this many
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Rows in, tokens through a model, seconds on this machine, bytes written."""
+
+    rows: int
+    tokens: int
+    seconds: float
+    bytes: int
+
+
+def estimate(
+    recipe: RecipeConfig, manifest: Manifest, keys: dict[str, str]
+) -> dict[str, Estimate]:
+    """Return the cost of each stage that is not finished."""
+    fresh = _fresh(recipe)
+    costs: dict[str, Estimate] = {}
+    for stage, key in keys.items():
+        history = manifest.stages_history(stage)
+        if manifest.stage(stage, key) is None:
+            costs[stage] = _as_before(manifest, history[-1]) if history else fresh[stage]
+    return costs
+
+
+def _as_before(manifest: Manifest, former: StageEntry) -> Estimate:
+    shards = manifest.shards(former.stage, former.key).values()
+    size = sum(file.bytes for shard in shards for file in shard.files)
+    size += sum(file.bytes for file in former.files)
+    return Estimate(former.counts.rows_in, former.tokens, former.seconds, size)
+
+
+def _fresh(recipe: RecipeConfig) -> dict[str, Estimate]:
+    pool = sum(_count(source) for source in recipe.data.pool)
+    questions = _count(recipe.data.questions)
+    private = 0 if recipe.data.private is None else _count(recipe.data.private)
+    made = recipe.expand.rounds * recipe.expand.prompts_per_round
+    corpus = min(pool, recipe.select.budget or pool) + made
+    base = parameters(recipe.models.specialist or recipe.models.base)
+    target = parameters(recipe.models.target)
+    pair = PROMPT_TOKENS + ANSWER_TOKENS
+    listed = recipe.expand.shots * PROMPT_TOKENS
+    asked = questions * len(recipe.evaluate.arms)
+    served = min(questions, recipe.deploy.questions)
+    return {
+        "ingest": _cost(pool + questions, 0, 0),
+        "specialize": _trained(private, base, recipe.specialize),
+        "score": _cost(pool, pool * 3 * pair, 2 * base),  # answer, specialist, base
+        "select": _cost(pool, 0, 0),
+        "expand": _cost(made, made * (listed + 3 * pair), 2 * base),
+        "curate": _cost(corpus, 0, 0),
+        "distill": _trained(corpus, target, recipe.distill),
+        "evaluate": _cost(asked, asked * 2 * pair, base + target),
+        "compress": _cost(questions, questions * 4 * pair, 2 * target),
+        "deploy": _cost(served, served * pair, 2 * target, files=4 * target),
+    }
+
+
+def _cost(rows: int, tokens: int, flops_per_token: int, files: int = 0) -> Estimate:
+    cores = len(os.sched_getaffinity(0))
+    seconds = tokens * flops_per_token / (cores * FLOPS_PER_CORE)
+    return Estimate(rows, tokens, seconds, rows * ROW_BYTES + files)
+
+
+def _trained(examples: int, size: int, config: TrainConfig) -> Estimate:
+    tokens = examples * config.epochs * (PROMPT_TOKENS + ANSWER_TOKENS)
+    return _cost(examples, tokens, 5 * size, files=size // 10)
+
+
+def _count(source: SourceConfig) -> int:
+    most = source.limit or MOST_ROWS
+    return sum(1 for _ in islice(read(source.ref, Path.cwd()), most))

@@ -1,0 +1,64 @@
+"""What a run would do, and how far one is, without doing anything."""
+
+import json
+from dataclasses import dataclass, replace
+
+from stillhouse.pipelines.estimates import Estimate, estimate
+from stillhouse.pipelines.runner import Runner
+from stillhouse.storage.layout import RunFolder
+from stillhouse.storage.lock import holder_of
+from stillhouse.storage.manifest import Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """One stage: `cached`, `partial` or `run`, why, and what it would cost."""
+
+    stage: str
+    state: str
+    why: str
+    cost: Estimate | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunStatus:
+    """A run's stages, and who holds it."""
+
+    name: str
+    holder: str | None
+    stages: tuple[StagePlan, ...]
+
+
+def plan_run(runner: Runner) -> list[StagePlan]:
+    """Return what `run` would do, stage by stage."""
+    manifest, keys = Manifest(runner.folder), runner.keys()
+    plans = [_plan(manifest, name, key) for name, key in keys.items()]
+    costs = estimate(runner.recipe, manifest, keys)
+    return [
+        plan if plan.state == "cached" else replace(plan, cost=costs.get(plan.stage))
+        for plan in plans
+    ]
+
+
+def read_status(folder: RunFolder) -> RunStatus:
+    """Return how far the recipe that was last started in a folder is."""
+    manifest = Manifest(folder)
+    keys: dict[str, str] = json.loads(folder.plan.read_text(encoding="utf-8"))
+    holder = holder_of(folder)
+    who = f"run by process {holder.pid} on {holder.host}" if holder else None
+    stages = tuple(_plan(manifest, name, key) for name, key in keys.items())
+    return RunStatus(folder.root.name, who, stages)
+
+
+def _plan(manifest: Manifest, stage: str, key: str) -> StagePlan:
+    entry = manifest.stage(stage, key)
+    if entry is not None:
+        counts = entry.counts
+        why = f"key {key} is finished: {counts.kept} of {counts.rows_in} kept"
+        return StagePlan(stage, "cached", why)
+    shards = manifest.shards(stage, key)
+    if shards:
+        return StagePlan(stage, "partial", f"{len(shards)} shards of key {key} are committed")
+    if manifest.stages_history(stage):
+        return StagePlan(stage, "run", f"settings or inputs changed: key {key} is new")
+    return StagePlan(stage, "run", "never finished")

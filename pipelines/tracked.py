@@ -1,0 +1,171 @@
+"""A run that is logged: its events go to a local file first and from there to MLflow.
+
+The server may be away at any time. The run goes on, the events stay in the file, and the next
+start uploads what is missing.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stillhouse.configs.recipe import RecipeConfig
+from stillhouse.errors import StillhouseError
+from stillhouse.pipelines.local import local_runner
+from stillhouse.pipelines.observer import Observer, Observers
+from stillhouse.pipelines.presets import chain
+from stillhouse.pipelines.runner import Resume
+from stillhouse.storage.events import EventLog
+from stillhouse.storage.layout import RunFolder
+from stillhouse.storage.manifest import FileEntry, Manifest, StageEntry
+from stillhouse.storage.tracking import Tracker, default_uri
+
+
+def run_tracked(
+    recipe: RecipeConfig, console: Observer, resume: Resume = "auto", until: str | None = None
+) -> Mapping[str, Any]:
+    """Run a recipe and log it, unless `tracking.enabled` is off; return the report."""
+    if not recipe.tracking.enabled:
+        return local_runner(recipe, console).run(resume, until)
+    tracking = TrackingObserver(recipe, console)
+    runner = local_runner(recipe, Observers((console, tracking)))
+    try:
+        return runner.run(resume, until)
+    except StillhouseError as error:
+        tracking.run_failed(error)
+        raise
+
+
+class TrackingObserver(Observer):
+    """Writes a run's events down and uploads them at the end of every stage."""
+
+    def __init__(self, recipe: RecipeConfig, console: Observer) -> None:
+        self._recipe = recipe
+        self._console = console
+        self._folder = RunFolder(Path(recipe.runs_root) / recipe.name)
+        self._log = EventLog(self._folder)
+        self._started = False
+        self._reachable = True
+
+    def run_opened(self) -> None:
+        """Upload what an earlier start could not."""
+        if self._tracker().has_pending():
+            self._probe()
+            self._upload()
+
+    def run_started(self, name: str, keys: Mapping[str, str]) -> None:
+        self._started = True
+        self._probe()
+        params = _flat(self._recipe.model_dump(mode="json"))
+        tags = {f"stillhouse.key.{stage}": key for stage, key in keys.items()}
+        self._log.emit("run_started", params=params, tags=tags)
+
+    def stage_started(self, stage: str, key: str, reused_shards: int) -> None:
+        section = getattr(self._recipe, stage, None)
+        params = {} if section is None else _flat(section.model_dump(mode="json"))
+        self._log.emit("stage_started", stage, key=key, params=params)
+
+    def metric(self, stage: str, name: str, value: float, step: int) -> None:
+        self._log.emit("metric", stage, name=name, value=value, step=step)
+
+    def stage_finished(self, entry: StageEntry) -> None:
+        for table, files in self._tables(entry).items():
+            self._log.emit("dataset", entry.stage, **self._dataset(entry, table, files))
+        if entry.stage == "deploy":
+            self._register(entry)
+        counts = entry.counts
+        self._log.emit(
+            "stage_finished",
+            entry.stage,
+            counts={
+                "rows_in": counts.rows_in,
+                "kept": counts.kept,
+                "rejected": counts.rejected,
+                "failed": counts.failed,
+            },
+            seconds=entry.seconds,
+            tokens=entry.tokens,
+            status="finished",
+        )
+        self._upload()
+
+    def run_finished(self, report: Mapping[str, Any]) -> None:
+        self._log.emit("artifact", path=str(self._folder.report.resolve()))
+        metrics = _numbers(_flat({key: report.get(key) for key in _HEADLINES}))
+        self._log.emit("run_finished", status="finished", metrics=metrics)
+        self._upload()
+
+    def run_failed(self, error: StillhouseError) -> None:
+        """Say that the run stopped; the error itself is told by whoever caught it."""
+        if self._started:
+            self._log.emit("run_finished", status="failed", metrics={})
+            self._console.note(f"run {self._recipe.name} stopped: {type(error).__name__}")
+            self._upload()
+
+    def _tracker(self) -> Tracker:
+        root = Path(self._recipe.runs_root)
+        config = self._recipe.tracking
+        uri = config.uri or default_uri(root)
+        return Tracker(self._folder, self._log, uri, config.experiment, self._recipe.name)
+
+    def _probe(self) -> None:
+        why = self._tracker().probe()
+        self._reachable = why is None
+        if why is not None:
+            self._console.note(
+                f"MLflow cannot be reached: {why}. Events are kept in {self._folder.events} and "
+                "uploaded by the next start that reaches it"
+            )
+
+    def _upload(self) -> None:
+        if self._reachable:
+            self._tracker().flush()
+
+    def _tables(self, entry: StageEntry) -> dict[str, list[FileEntry]]:
+        tables: dict[str, list[FileEntry]] = {}
+        for shard in Manifest(self._folder).shards(entry.stage, entry.key).values():
+            for file in shard.files:
+                tables.setdefault(file.table, []).append(file)
+        return tables
+
+    def _dataset(self, entry: StageEntry, table: str, files: list[FileEntry]) -> dict[str, Any]:
+        stages = {stage.name: stage for stage in chain(self._recipe)}
+        digest = hashlib.sha256("".join(file.sha256 for file in files).encode()).hexdigest()
+        path = self._folder.stage_dir(entry.stage, entry.key) / table
+        return {
+            "name": f"{entry.stage}.{table}",
+            "path": str(path.resolve()),
+            "digest": digest[:16],
+            "rows": sum(file.rows for file in files),
+            "source": f"stage {entry.stage}, key {entry.key}",
+            "parents": list(stages[entry.stage].after),
+        }
+
+    def _register(self, entry: StageEntry) -> None:
+        facts = entry.facts
+        if facts["refused"]:
+            return
+        path = (self._folder.root / str(facts["model"])).resolve()
+        tags = {"stillhouse.key": entry.key, "stillhouse.run": self._recipe.name}
+        name = facts["name"]
+        task = "text-generation"
+        self._log.emit("model", entry.stage, path=str(path), name=name, task=task, tags=tags)
+        if facts["promoted"]:
+            self._log.emit("promote", entry.stage, name=name)
+
+
+_HEADLINES = ("accuracy", "perplexity", "recovery", "cache")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _numbers(flat: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in flat.items() if value is not None}

@@ -1,0 +1,156 @@
+"""The command line. Heavy packages are imported after the arguments are parsed."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from stillhouse.errors import ConfigError, StillhouseError
+
+if TYPE_CHECKING:
+    from stillhouse.configs.recipe import RecipeConfig
+    from stillhouse.storage.layout import RunFolder
+
+app = typer.Typer(
+    name="stillhouse",
+    help="Distil what a specialist language model knows into another model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Overrides such as distill.epochs=3.", show_default=False)
+]
+RunArgument = Annotated[str, typer.Argument(help="A run's name under runs/, or its folder.")]
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    resume: Annotated[
+        Literal["auto", "never", "must"],
+        typer.Option(help="auto: go on; never: from the start; must: refuse to start anew."),
+    ] = "auto",
+    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+) -> None:
+    """Run a recipe; a run that was stopped goes on where it stopped."""
+    from stillhouse.cli.console import Console
+    from stillhouse.cli.tables import show_report
+    from stillhouse.pipelines.tracked import run_tracked
+
+    config = _recipe(recipe, overrides)
+    with Console() as console:
+        report = run_tracked(config, console, resume, until)
+    show_report(report, Path(config.runs_root) / config.name)
+    refused = report.get("deployment", {}).get("refused")
+    if refused:
+        raise typer.Exit(10)
+
+
+@app.command()
+def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Print what would run, what is reused and why, with estimates."""
+    from stillhouse.cli.tables import show_plan
+    from stillhouse.pipelines.local import local_runner
+    from stillhouse.pipelines.planning import plan_run
+
+    config = _recipe(recipe, overrides)
+    show_plan(plan_run(local_runner(config)))
+
+
+@app.command()
+def status(run: RunArgument) -> None:
+    """Print how far a run is, and who runs it."""
+    from stillhouse.cli.tables import show_status
+    from stillhouse.pipelines.planning import read_status
+
+    show_status(read_status(_folder(run)))
+
+
+@app.command()
+def report(run: RunArgument) -> None:
+    """Print a run's result table."""
+    from stillhouse.cli.tables import show_report
+
+    folder = _folder(run)
+    if not folder.report.is_file():
+        raise ConfigError(f"{folder.report}: no report yet; the run is not finished")
+    show_report(json.loads(folder.report.read_text(encoding="utf-8")), folder.root)
+
+
+@app.command()
+def query(
+    run: RunArgument,
+    sql: Annotated[str, typer.Argument(help="One SELECT over the run's tables.")],
+    limit: Annotated[int, typer.Option(min=1, help="Rows printed at most.")] = 100,
+) -> None:
+    """Query a run's tables with SQL, read-only."""
+    from stillhouse.cli.tables import show_rows
+
+    with _catalog(run) as catalog:
+        names, rows = catalog.query(sql)
+        show_rows(names, rows, limit)
+
+
+@app.command()
+def trace(
+    run: RunArgument,
+    identity: Annotated[str, typer.Argument(metavar="ID", help="A prompt's or answer's id.")],
+) -> None:
+    """Print a prompt's whole way through the line."""
+    from stillhouse.cli.tables import show_trace
+
+    with _catalog(run) as catalog:
+        show_trace(catalog.trace(identity))
+
+
+@app.command()
+def doctor(recipe: Annotated[str, typer.Argument(help="The recipe to check for.")] = "demo") -> None:
+    """Check this machine: packages, models, space, threads."""
+    from stillhouse.cli.tables import show_checks
+    from stillhouse.pipelines.diagnosis import diagnose
+
+    if not show_checks(diagnose(_recipe(recipe, None))):
+        raise typer.Exit(1)
+
+
+def _recipe(name: str, overrides: list[str] | None) -> "RecipeConfig":
+    from stillhouse.configs.load import load_recipe
+
+    return load_recipe(name, overrides or ())
+
+
+def _folder(run: str) -> "RunFolder":
+    from stillhouse.storage.layout import RunFolder
+
+    for root in (Path(run), Path("runs") / run):
+        folder = RunFolder(root)
+        if folder.plan.is_file():
+            return folder
+    raise ConfigError(f"no run {run!r}: expected a folder with plan.json, or its name under runs/")
+
+
+def _catalog(run: str) -> Any:
+    from stillhouse.storage.catalog import Catalog
+    from stillhouse.storage.manifest import Manifest
+
+    folder = _folder(run)
+    keys = json.loads(folder.plan.read_text(encoding="utf-8"))
+    return Catalog(folder, Manifest(folder), keys)
+
+
+def main() -> None:
+    """Run the command line; an error of ours is one message and its exit code."""
+    try:
+        app()
+    except StillhouseError as error:
+        print(f"stillhouse: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stillhouse: stopped; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,165 @@
+"""What the commands print on standard output."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console as Terminal
+from rich.table import Table
+
+from stillhouse.pipelines.diagnosis import Check
+from stillhouse.pipelines.estimates import Estimate
+from stillhouse.pipelines.planning import RunStatus, StagePlan
+
+ARMS = {
+    "base": "base",
+    "specialist": "specialist",
+    "target_before": "target before",
+    "student": "student",
+    "student_compressed": "student, compressed cache",
+    "ceiling": "target on the private data",
+}
+
+
+def show_report(report: Mapping[str, Any], folder: Path) -> None:
+    """Print the result table of a run."""
+    terminal = Terminal()
+    if "accuracy" in report:
+        terminal.print(_arms(report))
+        terminal.print(_summary(report), highlight=False)
+    terminal.print(_stages(report))
+    terminal.print(
+        f"Everything: {folder}/report.json\n"
+        f'Look inside: stillhouse query {folder.name} "SELECT * FROM corpus LIMIT 5"',
+        highlight=False,
+    )
+
+
+def _arms(report: Mapping[str, Any]) -> Table:
+    table = Table(title=f"{report['name']}: {report['items']} held-out questions")
+    for column in ("arm", "exact match", "answer perplexity"):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    for arm, label in ARMS.items():
+        if arm in report["accuracy"]:
+            error = report["standard_error"][arm]
+            table.add_row(
+                label,
+                f"{report['accuracy'][arm]:.1%} ± {error:.1%}",
+                f"{report['perplexity'][arm]:.3g}",
+            )
+    return table
+
+
+def _summary(report: Mapping[str, Any]) -> str:
+    lines = []
+    if report["recovery"] is not None:
+        lines.append(f"recovery {report['recovery']:.2f}")
+    if "cache" in report:
+        cache = report["cache"]
+        full, small = cache["bytes_per_token_16bit"], cache["bytes_per_token"]
+        lines.append(
+            f"cache {full:,.0f} → {small:,.0f} bytes a token ({full / small:.2f}×), next-token KL "
+            f"{cache['kl_mean']:.4f} nats, perplexity {cache['perplexity_change']:+.1%}"
+        )
+    deployment = report.get("deployment")
+    if deployment:
+        verdict = deployment["refused"] or (
+            "promoted to champion" if deployment["promoted"] else "candidate; the gate did not pass"
+        )
+        lines.append(f"student {deployment['name']}: {verdict}")
+    return "\n".join(lines)
+
+
+def _stages(report: Mapping[str, Any]) -> Table:
+    table = Table(title="stages")
+    for column in ("stage", "seconds", "in", "kept", "rejected", "failed", "tokens/s"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for name, stage in report["stages"].items():
+        rate = stage["tokens_per_second"]
+        table.add_row(
+            name,
+            f"{stage['seconds']:.1f}",
+            *(str(stage[column]) for column in ("rows_in", "kept", "rejected", "failed")),
+            "" if rate is None else f"{rate:.0f}",
+        )
+    total = sum(stage["seconds"] for stage in report["stages"].values())
+    table.add_row("all", f"{total:.1f}", style="bold")
+    return table
+
+
+def show_plan(stages: Sequence[StagePlan]) -> None:
+    """Print what would run, what is reused and why; costs are estimates."""
+    table = Table(title="plan")
+    for column in ("stage", "state", "why"):
+        table.add_column(column)
+    for column in ("≈ rows", "≈ tokens", "≈ minutes", "≈ MB"):
+        table.add_column(column, justify="right")
+    for stage in stages:
+        table.add_row(stage.stage, stage.state, stage.why, *_costs(stage.cost))
+    costs = [stage.cost for stage in stages if stage.cost is not None]
+    minutes = sum(cost.seconds for cost in costs) / 60
+    tokens, size = sum(cost.tokens for cost in costs), sum(cost.bytes for cost in costs) / 1e6
+    table.add_row("all", "", "", "", f"{tokens:,}", f"{minutes:.1f}", f"{size:,.1f}", style="bold")
+    Terminal().print(table)
+
+
+def _costs(cost: Estimate | None) -> tuple[str, ...]:
+    if cost is None:
+        return ("", "", "", "")
+    return (
+        f"{cost.rows:,}",
+        f"{cost.tokens:,}",
+        f"{cost.seconds / 60:.1f}",
+        f"{cost.bytes / 1e6:,.1f}",
+    )
+
+
+def show_status(status: RunStatus) -> None:
+    """Print how far a run is."""
+    terminal = Terminal()
+    terminal.print(f"{status.name}: {status.holder or 'nobody runs it now'}", highlight=False)
+    for stage in status.stages:
+        terminal.print(f"  {stage.stage:<10} {stage.state:<8} {stage.why}", highlight=False)
+
+
+def show_rows(names: Sequence[str], rows: Iterable[Sequence[Any]], limit: int) -> None:
+    """Print a query's first rows."""
+    table = Table(*names)
+    found = list(islice(rows, limit + 1))
+    for row in found[:limit]:
+        table.add_row(*(_cell(value) for value in row))
+    terminal = Terminal()
+    terminal.print(table)
+    if len(found) > limit:
+        terminal.print(f"… more than {limit} rows; --limit prints more", style="dim")
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "" if value is None else str(value)
+
+
+def show_trace(steps: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    """Print the rows of one datum, in the order of the line."""
+    terminal = Terminal()
+    for table, row in steps:
+        verdict = row.get("reason") or row.get("status") or ""
+        terminal.print(f"{row['_stage']}: {table}  {verdict}", style="bold", markup=False)
+        for name, value in row.items():
+            if value is not None and name != "_stage":
+                terminal.print(f"    {name}: {_cell(value)}", markup=False, highlight=False)
+
+
+def show_checks(checks: Iterable[Check]) -> bool:
+    """Print what was checked; True when nothing is missing."""
+    terminal = Terminal()
+    sound = True
+    for check in checks:
+        sound &= check.passed
+        mark = "[green]✓[/green]" if check.passed else "[red]✗[/red]"
+        terminal.print(f"{mark} {check.name}: {check.found}", highlight=False)
+        if not check.passed:
+            terminal.print(f"    {check.cure}", highlight=False)
+    return sound
