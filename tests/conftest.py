@@ -1,6 +1,9 @@
 """What holds for every test: the environment, set before torch and its kind are imported."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 # One thread a process: the same sums on every machine, and no crowding under `pytest -n`.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -9,3 +12,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+@pytest.fixture(scope="session")
+def cache_root() -> Path:
+    """Converted and toy models, kept between test runs: converting Gemma takes a minute."""
+    given = os.environ.get("STILLHOUSE_CACHE")
+    root = Path(given) if given else Path(__file__).parent.parent / ".cache" / "stillhouse"
+    root.mkdir(parents=True, exist_ok=True)
+    return root
