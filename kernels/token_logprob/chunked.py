@@ -9,7 +9,8 @@ tokens, so the logits are computed again, chunk by chunk, and the gradient is ex
 Shape suffixes: T tokens, C tokens of a chunk, D hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -39,9 +40,9 @@ def token_logprob(
     """
     _require_inputs(hidden_TD, weight_VD, target_T, softcap, chunk)
     if torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad):
-        logprob_T: Tensor = _TokenLogprob.apply(hidden_TD, weight_VD, target_T, softcap, chunk)
-        return logprob_T
-    return _forward(hidden_TD, weight_VD, target_T, softcap, chunk, None)
+        return _apply(hidden_TD, weight_VD, target_T, softcap, chunk)
+    with torch.no_grad():
+        return _forward(hidden_TD, weight_VD, target_T, softcap, chunk, None)
 
 
 class _Context(FunctionCtx):
@@ -110,6 +111,10 @@ def _forward(
             _logit_gradient_(logits_CV, target_T[rows], slope_CV)
             _multiply_weight(logits_CV, weight_VD, grad_TD[rows])
     return logprob_T
+
+
+# torch types `apply` as untyped; its arguments are those of `forward`.
+_apply = cast(Callable[[Tensor, Tensor, Tensor, float | None, int], Tensor], _TokenLogprob.apply)
 
 
 def _weight_gradient(

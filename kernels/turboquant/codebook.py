@@ -9,6 +9,7 @@ The tables are plain Python floats, so they depend on no default dtype, device o
 import math
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 SUPPORTED_BITS = (1, 2, 3, 4, 5, 8)
 
@@ -39,7 +40,7 @@ def gaussian_codebook(bits: int) -> Codebook:
         raise ValueError(f"expected bits in {SUPPORTED_BITS}, found {bits!r}; choose one of these")
     half = _solve_positive_half(2 ** (bits - 1))
     centroids = tuple(-c for c in reversed(half)) + half
-    boundaries = tuple((a + b) / 2 for a, b in zip(centroids, centroids[1:], strict=False))
+    boundaries = tuple((a + b) / 2 for a, b in pairwise(centroids))
     # With centroids at the cell means, E[(x - c)²] = E[x²] - E[c²].
     distortion = 1 - 2 * sum(p * c * c for p, c in zip(_masses(half), half, strict=True))
     return Codebook(bits, centroids, boundaries, distortion)
@@ -61,12 +62,12 @@ def _tail(x: float) -> float:
 
 def _edges(half: tuple[float, ...]) -> list[float]:
     """Cell edges of the positive half: 0, the midpoints, infinity."""
-    return [0.0, *((a + b) / 2 for a, b in zip(half, half[1:], strict=False)), math.inf]
+    return [0.0, *((a + b) / 2 for a, b in pairwise(half)), math.inf]
 
 
 def _masses(half: tuple[float, ...]) -> list[float]:
     edges = _edges(half)
-    return [_tail(a) - _tail(b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [_tail(a) - _tail(b) for a, b in pairwise(edges)]
 
 
 def _cell_means(half: tuple[float, ...]) -> list[float]:

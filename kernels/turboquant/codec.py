@@ -91,8 +91,8 @@ class MseCodec:
     def nbytes(self) -> int:
         """Bytes of the codec's tables: rotation, centroids and boundaries."""
         tables = (
-            self.rotation.signs_D,
-            self.rotation.matrix_DD,
+            self.rotation.signs,
+            self.rotation.matrix,
             self._centroids,
             self._boundaries,
         )
@@ -137,7 +137,8 @@ class MseCodec:
             return norm
         if self.scalar == "corrected":
             length = torch.linalg.vector_norm(centroid_D, dim=-1) / math.sqrt(self.head_dim)
-            return norm / length
+            corrected: Tensor = norm / length
+            return corrected
         inner = (unit_D * centroid_D).mean(dim=-1)
         if self.scalar == "unbiased":
             return norm / inner.clamp_min(_TINY)

@@ -45,11 +45,10 @@ def unpack(packed_P: Tensor, bits: int, dim: int) -> Tensor:
             f"expected torch.uint8 with {packed_bytes(dim, bits)} bytes for {dim} indices of "
             f"{bits} bits, found {packed_P.dtype} with {packed_P.shape[-1]}"
         )
-    sizes = [dim * width // 8 for width in widths]
-    parts = packed_P.split(sizes, dim=-1)
-    index_D = _unpack_plane(parts[0], widths[0])
+    first = dim * widths[0] // 8
+    index_D = _unpack_plane(packed_P[..., :first], widths[0])
     if len(widths) == 2:
-        index_D |= _unpack_plane(parts[1], widths[1]) << widths[0]
+        index_D |= _unpack_plane(packed_P[..., first:], widths[1]) << widths[0]
     return index_D
 
 

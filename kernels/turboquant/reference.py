@@ -37,16 +37,17 @@ def hadamard_matrix(size: int) -> Tensor:
 
 def signed_hadamard(signs_D: Tensor, block: int) -> Tensor:
     """float64 [D, D]: R = blockdiag(H, …, H) · diag(s)."""
-    blocks = [hadamard_matrix(block)] * (signs_D.numel() // block)
-    return torch.block_diag(*blocks) @ torch.diag(signs_D.double())
+    blocks = torch.eye(signs_D.numel() // block, dtype=torch.float64, device="cpu")
+    return torch.kron(blocks, hadamard_matrix(block)) * signs_D.double()
 
 
 def haar_rotation(dim: int, seed: int) -> Tensor:
     """float64 [D, D]: a rotation of the Haar law, QR of a Gaussian with signs fixed by diag(R)."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
     gaussian = torch.randn(dim, dim, dtype=torch.float64, device="cpu", generator=generator)
-    q, r = torch.linalg.qr(gaussian)
-    return q * r.diagonal().sign()
+    factors = torch.linalg.qr(gaussian)
+    rotation: Tensor = factors.Q * factors.R.diagonal().sign()
+    return rotation
 
 
 def reconstruct(x_ND: Tensor, rotation_DD: Tensor, centroid_K: Tensor, scalar: str) -> Tensor:
@@ -55,14 +56,14 @@ def reconstruct(x_ND: Tensor, rotation_DD: Tensor, centroid_K: Tensor, scalar: s
     scalar: `norm`, `corrected`, `unbiased` or `least_squares`, as `MseCodec`.
     """
     x_ND = x_ND.double()
-    norm = x_ND.norm(dim=1, keepdim=True)
+    norm = torch.linalg.vector_norm(x_ND, dim=1, keepdim=True)
     y_ND = (x_ND @ rotation_DD.T) / norm
     scaled_K = centroid_K / math.sqrt(x_ND.shape[1])
     nearest = (y_ND[:, :, None] - scaled_K).abs().argmin(dim=-1)
     c_ND = scaled_K[nearest]
     inner = (y_ND * c_ND).sum(dim=1, keepdim=True)
-    length = c_ND.norm(dim=1, keepdim=True)
-    factors = {
+    length = torch.linalg.vector_norm(c_ND, dim=1, keepdim=True)
+    factors: dict[str, Tensor] = {
         "norm": norm,
         "corrected": norm / length,
         "unbiased": norm / inner,

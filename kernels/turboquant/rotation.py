@@ -61,13 +61,13 @@ def hadamard_transform(x_D: Tensor, block: int) -> Tensor:
 class Rotation:
     """R = H · diag(s) for one head size, with its tables on one device.
 
-    signs_D: float32 [D]. matrix_DD: float32 [D, D], R itself (y = R x). For the head sizes in use
+    signs: float32 [D]. matrix: float32 [D, D], R itself (y = R x). For the head sizes in use
     one small matrix product is several times faster than the butterfly's passes in PyTorch.
     """
 
     block: int
-    signs_D: Tensor
-    matrix_DD: Tensor
+    signs: Tensor
+    matrix: Tensor
 
     @classmethod
     def seeded(cls, dim: int, seed: int, device: torch.device | str = "cpu") -> "Rotation":
@@ -81,16 +81,16 @@ class Rotation:
 
     def rotate(self, x_D: Tensor) -> Tensor:
         """R x for every float32 vector x of [..., D]."""
-        return x_D @ self.matrix_DD.T
+        return x_D @ self.matrix.T
 
     def rotate_back(self, y_D: Tensor) -> Tensor:
         """R^T y, the inverse, for every float32 vector y of [..., D]."""
-        return y_D @ self.matrix_DD
+        return y_D @ self.matrix
 
     def rotate_fast(self, x_D: Tensor) -> Tensor:
         """R x by the butterfly, in the dtype of x."""
-        return hadamard_transform(x_D * self.signs_D.to(x_D.dtype), self.block)
+        return hadamard_transform(x_D * self.signs.to(x_D.dtype), self.block)
 
     def rotate_back_fast(self, y_D: Tensor) -> Tensor:
         """R^T y by the butterfly, in the dtype of y."""
-        return hadamard_transform(y_D, self.block) * self.signs_D.to(y_D.dtype)
+        return hadamard_transform(y_D, self.block) * self.signs.to(y_D.dtype)
