@@ -187,7 +187,7 @@ def requirements() -> list[Requirement]:
 
 def pins(file: str) -> dict[str, Version]:
     lines = [line.split("#")[0].strip() for line in (ROOT / file).read_text().splitlines()]
-    found = {}
+    found: dict[str, Version] = {}
     for line in filter(None, lines):
         match = re.fullmatch(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.]+)", line)
         assert match, f"{file}: {line!r} is not `name==version`"
