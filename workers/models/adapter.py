@@ -1,5 +1,6 @@
 """LoRA adapters: checked against the base before they are attached."""
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,10 @@ def attach_adapter(model: "nn.Module", folder: Path) -> Any:
     from peft import PeftModel
 
     check_adapter(model, folder)
-    wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+    with warnings.catch_warnings():
+        # PEFT only warns of modules that got no weights; `_check_filled` refuses them.
+        warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)
+        wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
     _check_filled(wrapped, folder)
     return wrapped
 
@@ -82,7 +86,7 @@ def _adapter_shapes(folder: Path) -> dict[str, Shape]:
 
 
 def _check_filled(wrapped: Any, folder: Path) -> None:
-    """PEFT only warns when a module that the configuration names got no weights."""
+    """Compare what the configuration made with what the file held."""
     from peft import get_peft_model_state_dict
 
     unfilled = sorted(set(get_peft_model_state_dict(wrapped)) - set(_adapter_shapes(folder)))

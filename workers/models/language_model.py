@@ -55,7 +55,7 @@ class TextCodec:
 
 @dataclass(frozen=True, slots=True)
 class LanguageModel(TextCodec):
-    """A codec and the network it feeds: `model` is in eval mode, PEFT-wrapped with an adapter."""
+    """A codec and the network it feeds: `model` is frozen, in eval mode, PEFT-wrapped with an adapter."""
 
     model: Any
 
@@ -103,7 +103,7 @@ def load(
         pad=codec.pad,
         context=codec.context,
         name=codec.name,
-        model=model.to(device).eval(),
+        model=model.to(device).eval().requires_grad_(False),
     )
 
 
@@ -154,10 +154,11 @@ def decoder_and_head(model: Any) -> DecoderHead:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = base.get_output_embeddings()
     config = base.config.get_text_config()
-    scaled = [name for name in _SCALED_LOGITS if getattr(config, name, None) not in (None, 1.0)]
-    odd = scaled or (["a bias on its head"] if getattr(head, "bias", None) is not None else [])
+    odd = [name for name in _SCALED_LOGITS if getattr(config, name, None) not in (None, 1.0)]
+    if getattr(head, "bias", None) is not None:
+        odd.append("a bias on its head")
     if hasattr(head, "lora_A"):
-        odd = ["an adapter on its head"]
+        odd.append("an adapter on its head")
     if odd:
         raise ModelError(
             f"{type(base).__name__}: expected logits = head x hidden state, found {odd[0]}, which "
