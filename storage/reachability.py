@@ -1,0 +1,83 @@
+"""Whether a tracking server can be talked to, found out within seconds and without MLflow."""
+
+import os
+import socket
+import urllib.error
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+from stillhouse.errors import ConfigError
+from stillhouse.storage.redaction import redact_uris
+
+_TIMEOUT = 3.0  # seconds
+_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+_GATEWAY = (502, 503, 504)  # something in front of the server answered for it
+_SCHEMES = ("http", "https", "sqlite", *_PORTS)
+
+
+def check_uri(uri: str) -> None:
+    """Raise ConfigError when `uri` is of no kind that MLflow tracks to."""
+    if _scheme(uri) in _SCHEMES and not _is_relative_sqlite(uri):
+        return
+    raise ConfigError(
+        f"tracking URI {redact_uris(uri)!r}: expected sqlite:///<absolute path>, http(s)://… or a "
+        "database URI. MLflow 3 refuses folders such as ./mlruns, and a relative sqlite path would "
+        "move with the working directory."
+    )
+
+
+def why_unreachable(uri: str) -> str | None:
+    """Return None when the server behind `uri` answers, else a sentence saying why not."""
+    scheme = _scheme(uri)
+    if scheme == "sqlite":
+        return _why_not_writable(sqlite_path(uri))
+    if scheme in _PORTS:
+        return _why_no_connection(uri, _PORTS[scheme])
+    return _why_no_answer(uri)
+
+
+def sqlite_path(uri: str) -> Path:
+    """Return the database file of a `sqlite:///` URI."""
+    return Path(uri.partition(":///")[2])
+
+
+def _scheme(uri: str) -> str:
+    return uri.partition(":")[0].partition("+")[0].lower()  # postgresql+psycopg2: the driver
+
+
+def _is_relative_sqlite(uri: str) -> bool:
+    return _scheme(uri) == "sqlite" and not sqlite_path(uri).is_absolute()
+
+
+def _why_not_writable(database: Path) -> str | None:
+    place = database
+    while not place.exists():
+        place = place.parent
+    if os.access(place, os.W_OK) and (place == database or place.is_dir()):
+        return None
+    return f"{database} cannot be written: {place} is read-only or not a folder."
+
+
+def _why_no_connection(uri: str, port: int) -> str | None:
+    parts = urlsplit(uri)
+    address = (parts.hostname or "localhost", parts.port or port)
+    try:
+        socket.create_connection(address, timeout=_TIMEOUT).close()
+    except OSError as error:
+        return f"no database answers at {address[0]}:{address[1]}: {error}."
+    return None
+
+
+def _why_no_answer(uri: str) -> str | None:
+    parts = urlsplit(uri)
+    host = parts.netloc.rpartition("@")[2]  # credentials are not for a health check
+    url = urlunsplit((parts.scheme, host, parts.path.rstrip("/") + "/health", "", ""))
+    try:
+        with urllib.request.urlopen(url, timeout=_TIMEOUT):
+            return None
+    except urllib.error.HTTPError as error:
+        with error:
+            return f"{url} answers {error.code}." if error.code in _GATEWAY else None
+    except (OSError, ValueError) as error:  # URLError and timeouts are OSErrors
+        return f"no server answers at {url}: {getattr(error, 'reason', error)}."
