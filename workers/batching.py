@@ -1,0 +1,62 @@
+"""Batches of token sequences: like lengths together, padding that no real token can see.
+
+Shape letters: B rows of a batch, T positions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedBatch:
+    """Token ids with an explicit mask and explicit positions, all int64 `[B, T]`.
+
+    Masks are never derived from the pad id: some tokenizers pad with their EOS.
+    """
+
+    ids_BT: Tensor
+    mask_BT: Tensor  # 1 where a real token is
+    positions_BT: Tensor  # each row counts its own tokens from 0
+
+
+def length_buckets(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Split indices into batches of at most `batch_size` rows of similar length.
+
+    Longest first, so that a batch too big for the memory fails at the start and not at the end;
+    equal lengths stay in the order given, so the same rows make the same batches.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> PaddedBatch:
+    """Pad on the left: every row ends at the last position, where generation goes on."""
+    return _padded(rows, pad, device, left=True)
+
+
+def pad_right(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> PaddedBatch:
+    """Pad on the right: under a causal mask no real token comes after padding."""
+    return _padded(rows, pad, device, left=False)
+
+
+def _padded(
+    rows: Sequence[Sequence[int]], pad: int, device: torch.device, *, left: bool
+) -> PaddedBatch:
+    width = max(len(row) for row in rows)
+    ids, mask, positions = [], [], []
+    for row in rows:
+        gap = width - len(row)
+        before, after = (gap, 0) if left else (0, gap)
+        ids.append([pad] * before + list(row) + [pad] * after)
+        mask.append([0] * before + [1] * len(row) + [0] * after)
+        positions.append([0] * before + list(range(len(row))) + [0] * after)
+    return PaddedBatch(
+        torch.tensor(ids, dtype=torch.long, device=device),
+        torch.tensor(mask, dtype=torch.long, device=device),
+        torch.tensor(positions, dtype=torch.long, device=device),
+    )

@@ -1,0 +1,135 @@
+"""What a compressed key/value cache costs in quality and saves in bytes.
+
+Shape letters: T positions of a text, C positions of a chunk, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from stillhouse.configs.stages import CompressConfig
+from stillhouse.workers.batching import pad_right
+from stillhouse.workers.cache import CacheFormat, TurboQuantCache
+from stillhouse.workers.models.language_model import LanguageModel, decoder_and_head
+from stillhouse.workers.projection import core, hidden_states
+from stillhouse.workers.protocols import CacheBytes, CacheMeasure, Failed
+
+CHUNK = 32  # positions at a time: 64 MiB a matrix in float64 at 262,144 words
+
+
+def compressed_cache_factory(
+    lm: LanguageModel, config: CompressConfig
+) -> Callable[[], TurboQuantCache]:
+    """Makes empty caches of the configured format for this model."""
+    layout = CacheFormat(
+        key_bits=config.key_bits,
+        value_bits=config.value_bits,
+        key_scalar=config.key_scalar,
+        value_scalar=config.value_scalar,
+        seed=config.seed,
+    )
+    return lambda: TurboQuantCache(core(lm).config, layout)
+
+
+def measure_cache(
+    lm: LanguageModel, texts: Sequence[str], config: CompressConfig
+) -> tuple[list[CacheMeasure | Failed], CacheBytes]:
+    """Divergence of each text and bytes a token over all of them; full cache against compressed.
+
+    Every position's attention reads keys and values from the packed storage, its own included. Each
+    text runs alone, so that no padding is counted in the bytes; those are what the caches hold
+    after each text, and the codec's tables, which all sequences share, once.
+    """
+    factory = compressed_cache_factory(lm, config)
+    measures: list[CacheMeasure | Failed] = []
+    total = _Bytes(0, 0, 0, 0)
+    for text in texts:
+        ids = lm.encode_prompt(text)
+        problem = _unfit(lm, ids)
+        if problem is not None:
+            measures.append(Failed(problem))
+            continue
+        measure, size = _measure_text(lm, ids, factory())
+        measures.append(measure)
+        total = total.plus(size)
+    tokens = max(total.tokens, 1)
+    return measures, CacheBytes((total.packed + total.tables) / tokens, total.full / tokens)
+
+
+def _unfit(lm: LanguageModel, ids: Sequence[int]) -> str | None:
+    if len(ids) < 2:
+        return f"too_short: expected at least 2 tokens, found {len(ids)}"
+    if len(ids) > lm.context:
+        return f"too_long: {len(ids)} tokens, the model's context is {lm.context}"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Bytes:
+    """Sums over texts, but for the tables; tokens are those in the cache."""
+
+    tokens: int
+    packed: int
+    tables: int
+    full: int
+
+    def plus(self, other: "_Bytes") -> "_Bytes":
+        return _Bytes(
+            tokens=self.tokens + other.tokens,
+            packed=self.packed + other.packed,
+            tables=max(self.tables, other.tables),
+            full=self.full + other.full,
+        )
+
+
+@torch.inference_mode()
+def _measure_text(
+    lm: LanguageModel, ids: Sequence[int], packed: TurboQuantCache
+) -> tuple[CacheMeasure, _Bytes]:
+    batch = pad_right([ids[:-1]], lm.pad, core(lm).device)  # the last token is only predicted
+    full = DynamicCache(config=core(lm).config)
+    full_TD = hidden_states(lm, batch, full)[0]
+    packed_TD = hidden_states(lm, batch, packed)[0]
+    target_T = torch.tensor(ids[1:], dtype=torch.long, device=full_TD.device)
+    measure = _compare(lm, full_TD, packed_TD, target_T)
+    allocated = packed.nbytes
+    packed.reset()
+    tables = packed.nbytes  # what stays without a token
+    return measure, _Bytes(len(ids) - 1, allocated - tables, tables, bytes_in_16_bits(full))
+
+
+def bytes_in_16_bits(cache: DynamicCache) -> int:
+    """Two bytes for each key and value element that the cache holds."""
+    return 2 * sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+
+
+def _compare(
+    lm: LanguageModel, full_TD: Tensor, packed_TD: Tensor, target_T: Tensor
+) -> CacheMeasure:
+    _, head_VD, softcap = decoder_and_head(core(lm))
+    kl, sums = [], [0.0, 0.0]
+    for start in range(0, len(target_T), CHUNK):
+        rows = slice(start, start + CHUNK)
+        p_CV = log_softmax64(full_TD[rows], head_VD, softcap)
+        q_CV = log_softmax64(packed_TD[rows], head_VD, softcap)
+        kl.append(kl_divergence(p_CV, q_CV))
+        for which, logp_CV in enumerate((p_CV, q_CV)):
+            sums[which] += logp_CV.gather(1, target_T[rows, None]).sum().item()
+    kl_T = torch.cat(kl)
+    return CacheMeasure(len(target_T), kl_T.mean().item(), kl_T.max().item(), sums[0], sums[1])
+
+
+def log_softmax64(hidden_CD: Tensor, head_VD: Tensor, softcap: float | None) -> Tensor:
+    """Log-probabilities `[C, V]` in float64; the product with the head stays in its own dtype."""
+    logits_CV = (hidden_CD @ head_VD.T).double()
+    if softcap is not None:
+        logits_CV = softcap * torch.tanh(logits_CV / softcap)
+    return logits_CV.log_softmax(-1)
+
+
+def kl_divergence(log_p_CV: Tensor, log_q_CV: Tensor) -> Tensor:
+    """KL(p || q) of each row, nats, `[C]`: the cost of believing q where p holds."""
+    return (log_p_CV.exp() * (log_p_CV - log_q_CV)).sum(-1)

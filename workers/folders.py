@@ -1,0 +1,89 @@
+"""Folders that are either complete or not there: temporary folder, hashes, fsync, rename. No torch."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from stillhouse.errors import StorageFullError
+
+HASHES = "hashes.json"  # written last; a folder without it was never finished
+
+
+@contextmanager
+def atomic_folder(target: Path, *, seal: bool = True) -> Iterator[Path]:
+    """Yield a temporary folder to fill; on leaving, seal it with hashes and rename it to `target`.
+
+    A folder that an interrupted process left half-filled is cleared first, and so is one this
+    process fails to fill. An existing `target` is replaced.
+    """
+    temporary = target.with_name(f".partial-{target.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if seal:
+            _seal(temporary)
+        for path in [*temporary.rglob("*"), temporary]:
+            _sync(path)
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+        _sync(target.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if _is_disk_full(error):
+            raise StorageFullError(
+                f"expected room for {target}, found none left on the device ({error}); free some "
+                "space and run again: what was committed before is still there"
+            ) from error
+        raise
+
+
+def is_sealed(folder: Path) -> bool:
+    """Whether the folder was finished and every file is still what it was then."""
+    try:
+        hashes = json.loads((folder / HASHES).read_text())
+        return isinstance(hashes, dict) and all(
+            sha256_of(folder / name) == digest for name, digest in hashes.items()
+        )
+    except (OSError, ValueError):
+        return False
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON with sorted keys: equal values make equal bytes. NaN is refused."""
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _seal(folder: Path) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    write_json(
+        folder / HASHES, {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
+    )
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """safetensors wraps the system's error in its own and keeps only the text."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOSPC
+    return "code: 28" in str(error) and "No space left" in str(error)

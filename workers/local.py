@@ -1,0 +1,236 @@
+"""The workers of one process: models loaded on first use, torch imported on first use.
+
+At most one model is in memory (two where specialist and base are both whole models): asking for
+another frees the former, so stages that use one model after the other fit a small machine.
+"""
+
+import gc
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stillhouse.configs.stages import CompressConfig
+from stillhouse.workers.models.refs import fingerprint
+from stillhouse.workers.models.store import ModelStore
+from stillhouse.workers.protocols import (
+    CacheBytes,
+    CacheMeasure,
+    Completion,
+    Decoding,
+    ExportJob,
+    Failed,
+    ModelSpec,
+    ModelWorker,
+    Pair,
+    PairLogp,
+    PairWorker,
+    ResponseLogp,
+    TrainJob,
+    TrainOutcome,
+    TrainStep,
+)
+
+if TYPE_CHECKING:
+    from stillhouse.workers.models.language_model import LanguageModel, TextCodec
+
+
+def _silent(message: str) -> None:
+    """Tell nobody."""
+
+
+class LocalWorkers:
+    """Implements `Workers`. `threads` 0 means all cores; `notify` hears of slow preparations."""
+
+    def __init__(
+        self, cache_root: Path, threads: int = 0, notify: Callable[[str], None] = _silent
+    ) -> None:
+        self._cache_root = cache_root
+        self._notify = notify
+        self._models = _LoadedModels(ModelStore(cache_root, notify), threads)
+
+    def pair(self, specialist: ModelSpec, base: ModelSpec) -> PairWorker:
+        """Specialist and base; one set of weights when their refs are equal."""
+        return _LocalPair(self._models, specialist, base)
+
+    def model(self, spec: ModelSpec) -> ModelWorker:
+        """One model."""
+        return _LocalModel(self._models, spec)
+
+    def count_tokens(self, ref: str, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text under a model's tokenizer, BOS included."""
+        if not texts:
+            return []
+        codec = self._models.codec(ref)
+        rows = codec.tokenizer(list(texts), add_special_tokens=False).input_ids
+        bos = codec.bos
+        return [len(row) + (bos is not None and row[:1] != [bos]) for row in rows]
+
+    def context(self, ref: str) -> int:
+        """The model's context length, in tokens."""
+        return self._models.codec(ref).context
+
+    def train(self, job: TrainJob, on_step: Callable[[TrainStep, int], None]) -> TrainOutcome:
+        """Train; a job that ran to its end before answers from its record, without torch."""
+        from stillhouse.workers.training_record import finished_outcome
+
+        if (done := finished_outcome(job)) is not None:
+            return done
+        (lm,) = self._models.get(job.model)
+        from stillhouse.workers.trainer import train
+
+        try:
+            return train(lm, job, on_step, self._notify)
+        finally:
+            self._models.free()  # the trainer changed its layers
+
+    def measure_cache(
+        self, spec: ModelSpec, texts: Sequence[str], config: CompressConfig
+    ) -> tuple[list[CacheMeasure | Failed], CacheBytes]:
+        """Compare the compressed cache with the 16-bit one on held-out texts."""
+        (lm,) = self._models.get(spec)
+        from stillhouse.workers.divergence import measure_cache
+
+        return measure_cache(lm, texts, config)
+
+    def export(self, job: ExportJob) -> tuple[Path, ...]:
+        """Write a standalone model folder; return its files."""
+        (lm,) = self._models.get(job.model)
+        from stillhouse.workers.exporter import export
+
+        try:
+            return export(lm, job)
+        finally:
+            self._models.free()  # the exporter merged and cast its weights
+
+    def fingerprint(self, ref: str) -> str:
+        """A hash of a model's files, without loading them (no torch)."""
+        return fingerprint(ref, self._cache_root)
+
+
+class _LocalPair:
+    """Implements `PairWorker`; an adapter on the base's own weights is switched on and off."""
+
+    def __init__(self, models: "_LoadedModels", specialist: ModelSpec, base: ModelSpec):
+        self._models = models
+        self._specialist = specialist
+        self._base = base
+
+    def answer(self, prompts: Sequence[str], how: Decoding) -> list[Completion | Failed]:
+        """The specialist's answers."""
+        specialist, _ = self._loaded()
+        from stillhouse.workers.generator import generate
+
+        return generate(specialist, prompts, how)
+
+    def propose(self, prompts: Sequence[str], how: Decoding) -> list[Completion | Failed]:
+        """The base's continuations."""
+        specialist, base = self._loaded()
+        from stillhouse.workers.generator import generate
+        from stillhouse.workers.scorer import acting_as_base
+
+        with acting_as_base(specialist, base):
+            return generate(base, prompts, how)
+
+    def score(self, pairs: Sequence[Pair], batch_size: int) -> list[PairLogp | Failed]:
+        """Both models' log-probabilities of the responses."""
+        specialist, base = self._loaded()
+        from stillhouse.workers.scorer import pair_logps
+
+        return pair_logps(specialist, base, pairs, batch_size)
+
+    def _loaded(self) -> "tuple[LanguageModel, LanguageModel]":
+        if self._specialist.ref == self._base.ref and self._base.adapter is None:
+            (both,) = self._models.get(self._specialist)
+            return both, both
+        specialist, base = self._models.get(self._specialist, self._base)
+        return specialist, base
+
+
+class _LocalModel:
+    """Implements `ModelWorker`."""
+
+    def __init__(self, models: "_LoadedModels", spec: ModelSpec):
+        self._models = models
+        self._spec = spec
+
+    def answer(
+        self, prompts: Sequence[str], how: Decoding, cache: CompressConfig | None = None
+    ) -> list[Completion | Failed]:
+        """The model's answers."""
+        (lm,) = self._models.get(self._spec)
+        from stillhouse.workers.generator import generate
+
+        return generate(lm, prompts, how, _cache_factory(lm, cache))
+
+    def logp(
+        self, pairs: Sequence[Pair], batch_size: int, cache: CompressConfig | None = None
+    ) -> list[ResponseLogp | Failed]:
+        """The model's log-probabilities of the responses."""
+        (lm,) = self._models.get(self._spec)
+        from stillhouse.workers.scorer import response_logps
+
+        return response_logps(lm, pairs, batch_size, _cache_factory(lm, cache))
+
+
+class _LoadedModels:
+    """The models in memory: those that the last caller asked for, and no others."""
+
+    def __init__(self, store: ModelStore, threads: int):
+        self._store = store
+        self._threads = threads
+        self._device: str | None = None
+        self._loaded: dict[ModelSpec, LanguageModel] = {}
+        self._codecs: dict[str, TextCodec] = {}
+
+    def get(self, *specs: ModelSpec) -> "list[LanguageModel]":
+        """These models, loaded; every other one is freed first."""
+        if any(spec not in specs for spec in self._loaded):
+            self._loaded = {spec: lm for spec, lm in self._loaded.items() if spec in specs}
+            gc.collect()  # models hold cycles: without it the old weights outlive the new load
+        device = self._prepared_device()
+        from stillhouse.workers.models.language_model import load
+
+        for spec in specs:
+            if spec not in self._loaded:
+                self._loaded[spec] = load(self._store, spec, device)
+        return [self._loaded[spec] for spec in specs]
+
+    def free(self) -> None:
+        """Forget every model."""
+        self._loaded = {}
+        gc.collect()
+
+    def codec(self, ref: str) -> "TextCodec":
+        """A model's tokenizer, without its weights."""
+        if ref not in self._codecs:
+            from stillhouse.workers.models.language_model import load_codec
+
+            self._codecs[ref] = load_codec(self._store, ref)
+        return self._codecs[ref]
+
+    def _prepared_device(self) -> str:
+        """Set the process up for torch once; the device to load on."""
+        if self._device is None:
+            import torch
+            from transformers.utils import logging
+
+            logging.disable_progress_bar()
+            self._device = "cuda" if torch.cuda.is_available() else "cpu"
+            if self._threads or "OMP_NUM_THREADS" not in os.environ:
+                torch.set_num_threads(self._threads or len(os.sched_getaffinity(0)))
+            if self._device == "cpu":
+                torch.use_deterministic_algorithms(True)
+                # Filling every fresh tensor with NaN finds bugs and costs a pass over memory.
+                torch.utils.deterministic.fill_uninitialized_memory = False
+        return self._device
+
+
+def _cache_factory(
+    lm: "LanguageModel", config: CompressConfig | None
+) -> Callable[[], object] | None:
+    if config is None:
+        return None
+    from stillhouse.workers.divergence import compressed_cache_factory
+
+    return compressed_cache_factory(lm, config)

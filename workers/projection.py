@@ -1,0 +1,66 @@
+"""From token rows to log-probabilities, projecting to the vocabulary only where one is asked for.
+
+Shape letters: B rows of a batch, T positions, N chosen positions of the whole batch, D hidden size,
+V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from stillhouse.kernels.token_logprob import token_logprob
+from stillhouse.workers.batching import PaddedBatch, pad_right
+from stillhouse.workers.models.language_model import LanguageModel, decoder_and_head
+
+
+@dataclass(frozen=True, slots=True)
+class TargetRow:
+    """Token ids and how many of the last ones are targets; at least one token precedes them."""
+
+    ids: Sequence[int]
+    targets: int
+
+
+def core(lm: LanguageModel) -> PreTrainedModel:
+    """The transformers model itself; PEFT's layers sit inside it, so adapters act all the same."""
+    model = lm.model
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def hidden_states(lm: LanguageModel, batch: PaddedBatch, cache: Cache | None = None) -> Tensor:
+    """Hidden states `[B, T, D]` after the last norm; with `cache`, attention reads what it returns."""
+    decoder, _, _ = decoder_and_head(core(lm))
+    hidden_BTD: Tensor = decoder(
+        input_ids=batch.ids_BT,
+        attention_mask=batch.mask_BT,
+        position_ids=batch.positions_BT,
+        past_key_values=cache,
+        use_cache=cache is not None,
+    )
+    return hidden_BTD
+
+
+def target_logps(
+    lm: LanguageModel, rows: Sequence[TargetRow], cache: Cache | None = None
+) -> Tensor:
+    """Log-probabilities (nats) of every row's targets, one row after the other: float32 `[N]`.
+
+    The last token of a row is predicted and never read, so it is not sent through the model.
+    """
+    device = core(lm).device
+    batch = pad_right([row.ids[:-1] for row in rows], lm.pad, device)
+    hidden_BTD = hidden_states(lm, batch, cache)
+    width = batch.ids_BT.shape[1]
+    at, targets = [], []
+    for index, row in enumerate(rows):
+        first = len(row.ids) - row.targets
+        at.extend(range(index * width + first - 1, index * width + len(row.ids) - 1))
+        targets.extend(row.ids[first:])
+    hidden_ND = hidden_BTD.flatten(0, 1)[torch.tensor(at, device=device)]
+    target_N = torch.tensor(targets, dtype=torch.long, device=device)
+    _, head_VD, softcap = decoder_and_head(core(lm))
+    return token_logprob(hidden_ND, head_VD, target_N, softcap=softcap)
