@@ -2,15 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from stillhouse.configs.stages import CompressConfig
 from stillhouse.pipelines.stage import Part
 from stillhouse.pipelines.stage_run import StageRun
 from stillhouse.pipelines.text import render
-from stillhouse.storage.catalog import Catalog
 from stillhouse.storage.manifest import Counts
 from stillhouse.storage.records import EvaluationRecord, QuestionRecord
-from stillhouse.workers.evaluation import exact_match
 from stillhouse.workers.protocols import (
     Completion,
     Decoding,
@@ -19,6 +18,9 @@ from stillhouse.workers.protocols import (
     Pair,
     ResponseLogp,
 )
+
+if TYPE_CHECKING:
+    from stillhouse.storage.catalog import Catalog
 
 SUMMARY = """
 SELECT count(*) FILTER (status = 'kept'), avg(correct::INT), sum(reference_logp),
@@ -58,6 +60,8 @@ def _evaluation(
     answer: Completion | Failed,
     logp: ResponseLogp | Failed,
 ) -> EvaluationRecord:
+    from stillhouse.workers.evaluation import exact_match
+
     failure = next((item.reason for item in (answer, logp) if isinstance(item, Failed)), None)
     text = answer.text if isinstance(answer, Completion) else ""
     scored = logp if isinstance(logp, ResponseLogp) else None
@@ -74,7 +78,7 @@ def _evaluation(
     )
 
 
-def summary(catalog: Catalog, arm: str) -> dict[str, float | int]:
+def summary(catalog: "Catalog", arm: str) -> dict[str, float | int]:
     """Exact match with its standard error, and answer perplexity, of one arm."""
     [(items, accuracy, logp, tokens)] = catalog.rows(SUMMARY, [arm])
     accuracy = float(accuracy or 0.0)

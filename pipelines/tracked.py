@@ -7,7 +7,7 @@ start uploads what is missing.
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stillhouse.configs.recipe import RecipeConfig
 from stillhouse.errors import StillhouseError
@@ -18,7 +18,9 @@ from stillhouse.pipelines.runner import Resume
 from stillhouse.storage.events import EventLog
 from stillhouse.storage.layout import RunFolder
 from stillhouse.storage.manifest import FileEntry, Manifest, StageEntry
-from stillhouse.storage.tracking import Tracker, default_uri
+
+if TYPE_CHECKING:
+    from stillhouse.storage.tracking import Tracker
 
 
 def run_tracked(
@@ -102,7 +104,9 @@ class TrackingObserver(Observer):
             self._console.note(f"run {self._recipe.name} stopped: {type(error).__name__}")
             self._upload()
 
-    def _tracker(self) -> Tracker:
+    def _tracker(self) -> "Tracker":
+        from stillhouse.storage.tracking import Tracker, default_uri
+
         root = Path(self._recipe.runs_root)
         config = self._recipe.tracking
         uri = config.uri or default_uri(root)

@@ -35,7 +35,7 @@ _TYPES = {
     "int64": "BIGINT",
     "double": "DOUBLE",
     "bool": "BOOLEAN",
-    "list<item: int32 not null>": "INTEGER[]",
+    "list<item: int64 not null>": "BIGINT[]",
     "list<item: float not null>": "FLOAT[]",
 }
 _READING = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN)

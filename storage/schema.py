@@ -1,6 +1,6 @@
 """The Arrow schema of each table, rendered from its record's annotations.
 
-    str, Literal      string            list[int]     list<int32>   (token ids)
+    str, Literal      string            list[int]     list<int64>
     int               int64             list[float]   list<float32> (per-token log-probabilities)
     float             float64           X | None      X, nullable
     bool              bool              anything else is refused
@@ -23,7 +23,7 @@ _ARROW: dict[Any, pa.DataType] = {
     int: pa.int64(),
     float: pa.float64(),
     bool: pa.bool_(),
-    list[int]: pa.list_(pa.field("item", pa.int32(), nullable=False)),
+    list[int]: pa.list_(pa.field("item", pa.int64(), nullable=False)),
     list[float]: pa.list_(pa.field("item", pa.float32(), nullable=False)),
 }
 
