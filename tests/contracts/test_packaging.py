@@ -37,12 +37,12 @@ def run_python(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess
     )
 
 
-def modules() -> dict[str, Path]:
-    """Every module of the checkout by import name, with its path relative to the root."""
+def modules(root: Path = ROOT) -> dict[str, Path]:
+    """Every module of a checkout by import name, with its path relative to the root."""
     found = {}
     for top in SHIPPED:
-        for file in sorted((ROOT / top).rglob("*.py")):
-            relative = file.relative_to(ROOT)
+        for file in sorted((root / top).rglob("*.py")):
+            relative = file.relative_to(root)
             parts = list(relative.with_suffix("").parts)
             if parts[-1] == "__init__":
                 parts.pop()
@@ -64,20 +64,20 @@ print(json.dumps({
 """
 
 
-def locate(cwd: Path, *flags: str, **env: str) -> dict[str, Path]:
-    """Where a fresh interpreter finds each module; checks that it also sees the recipes."""
-    result = run_python(*flags, "-c", LOCATE, json.dumps(list(modules())), cwd=cwd, **env)
+def locate(root: Path, cwd: Path, **env: str) -> dict[str, Path]:
+    """Where a fresh interpreter finds the modules of `root`; checks that it sees the recipes too."""
+    result = run_python("-c", LOCATE, json.dumps(list(modules(root))), cwd=cwd, **env)
     assert result.returncode == 0, result.stderr
     answer = json.loads(result.stdout)
-    assert answer["recipes"] == sorted(p.name for p in (ROOT / "configs/recipes").glob("*.yaml"))
+    assert answer["recipes"] == sorted(p.name for p in (root / "configs/recipes").glob("*.yaml"))
     missing = [name for name, origin in answer["modules"].items() if origin is None]
     assert not missing
     return {name: Path(origin) for name, origin in answer["modules"].items()}
 
 
 @pytest.fixture(scope="module")
-def installed_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built offline from a copy of the tree and installed into a folder."""
+def installed_wheel(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A copy of the tree, and the folder its wheel, built offline, is installed into."""
     source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -90,16 +90,19 @@ def installed_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     install = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target")
     installed = run_python(*install, str(target), str(wheel), cwd=source)
     assert installed.returncode == 0, installed.stderr
-    return target
+    return source, target
 
 
-def test_a_wheel_holds_every_module_and_recipe(installed_wheel: Path, tmp_path: Path) -> None:
-    found = locate(tmp_path, PYTHONPATH=str(installed_wheel))
-    for name, relative in modules().items():
+def test_a_wheel_holds_every_module_and_recipe(
+    installed_wheel: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, target = installed_wheel
+    found = locate(source, tmp_path, PYTHONPATH=str(target))
+    for name, relative in modules(source).items():
         inside = relative if relative.parts[0] == "stillhouse" else Path("stillhouse") / relative
-        assert found[name] == installed_wheel / inside
-        assert found[name].read_bytes() == (ROOT / relative).read_bytes()
-    top_level = {path.name for path in installed_wheel.iterdir() if path.suffix != ".dist-info"}
+        assert found[name] == target / inside
+        assert found[name].read_bytes() == (source / relative).read_bytes()
+    top_level = {path.name for path in target.iterdir() if path.suffix != ".dist-info"}
     assert top_level - {"bin"} == {"stillhouse"}
 
 
@@ -125,7 +128,7 @@ def test_an_editable_install_is_the_checkout(tmp_path: Path) -> None:
         pytest.skip("stillhouse is not installed here; `make setup` installs it")
     if origin is None or json.loads(origin)["url"] != ROOT.as_uri():
         pytest.skip("the installed stillhouse belongs to another checkout")
-    assert locate(tmp_path) == {name: ROOT / path for name, path in modules().items()}
+    assert locate(ROOT, tmp_path) == {name: ROOT / path for name, path in modules().items()}
 
 
 def test_this_very_process_sees_the_checkout() -> None:
