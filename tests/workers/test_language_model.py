@@ -121,11 +121,12 @@ def test_weights_cut_short_are_refused(copied, store):
 
 def test_an_adapter_acts_and_can_be_switched_off(model_folders, store, llama, adapter):
     specialist = load(store, ModelSpec(str(model_folders["llama"]), adapter))
+    # Before it is switched off and on: PEFT then makes an adapter trainable again.
+    assert not any(parameter.requires_grad for parameter in specialist.model.parameters())
     ids = llama.encode_prompt("some text")
     assert not torch.allclose(logits(specialist, ids), logits(llama, ids))
     with specialist.model.disable_adapter():
         assert torch.equal(logits(specialist, ids), logits(llama, ids))
-    assert not any(parameter.requires_grad for parameter in specialist.model.parameters())
 
 
 def test_an_adapter_of_another_size_names_the_tensor_and_both_shapes(model_folders, store, adapter):

@@ -55,7 +55,9 @@ class TextCodec:
 
 @dataclass(frozen=True, slots=True)
 class LanguageModel(TextCodec):
-    """A codec and the network it feeds: `model` is frozen, in eval mode, PEFT-wrapped with an adapter."""
+    """A codec and the network it feeds: `model` is frozen and in eval mode, in PEFT's wrapper
+    where it has an adapter.
+    """
 
     model: Any
 
