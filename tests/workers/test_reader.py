@@ -249,8 +249,7 @@ def test_the_order_of_options_does_not_matter(tmp_path):
 def test_a_fingerprint_loads_nothing_heavy(tmp_path):
     write(tmp_path / "a.csv", "prompt\nx\n")
     script = (
-        "import sys, pathlib; from stillhouse.workers.sources.files import read_jsonl
-from stillhouse.workers.sources.reader import fingerprint; "
+        "import sys, pathlib; from stillhouse.workers.sources.reader import fingerprint; "
         "here = pathlib.Path(sys.argv[1]); "
         "[fingerprint(ref, here / 'cache', here) for ref in sys.argv[2:]]; "
         "print({'pyarrow', 'datasets', 'torch', 'simple_icd_10_cm'} & set(sys.modules))"
