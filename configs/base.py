@@ -16,7 +16,7 @@ def knob(default: Any, **constraints: Any) -> Any:
 
     Knobs (batch sizes, thread counts, checkpoint intervals) stay out of the stage's key, so
     changing one reruns nothing. A different batch shape may move the last bits of a
-    log-probability; docs/decisions/0003-stage-keys.md says why that is accepted.
+    log-probability; docs/decisions/0004-stage-keys.md says why that is accepted.
     """
     return Field(default, json_schema_extra={"knob": True}, **constraints)
 

@@ -1,4 +1,4 @@
-"""Stage keys: what decides whether a stage must run again (docs/decisions/0003-stage-keys.md)."""
+"""Stage keys: what decides whether a stage must run again (docs/decisions/0004-stage-keys.md)."""
 
 import hashlib
 import json

@@ -2,7 +2,7 @@
 
 A model that continues a list writes new prompts of a kind; a mutator swaps the parts that the
 prompts of the pool are made of. Mutation covers what a small model never thinks of
-(docs: ../docs/decisions/0005-two-generators.md).
+(docs/decisions/0005-prompt-generators.md).
 """
 
 import random
