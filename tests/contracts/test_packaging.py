@@ -65,7 +65,7 @@ print(json.dumps({
 
 
 def locate(root: Path, cwd: Path, **env: str) -> dict[str, Path]:
-    """Where a fresh interpreter finds the modules of `root`; checks that it sees the recipes too."""
+    """Where a fresh interpreter finds the modules of `root`; checks that it sees its recipes."""
     result = run_python("-c", LOCATE, json.dumps(list(modules(root))), cwd=cwd, **env)
     assert result.returncode == 0, result.stderr
     answer = json.loads(result.stdout)
