@@ -79,7 +79,7 @@ def small_gguf(tmp_path_factory):
 
 
 def test_a_gguf_is_converted_once_and_exactly(small_gguf, tmp_path):
-    told = []
+    told: list[str] = []
     store = ModelStore(tmp_path, told.append)
     folder = store.folder(f"gguf:{small_gguf}")
     assert folder == tmp_path / "models" / store.fingerprint(f"gguf:{small_gguf}")

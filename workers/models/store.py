@@ -116,7 +116,7 @@ class ModelStore:
             require_space(self.cache_root, size + file.size, f"{file.name}, dequantised,")
             self.notify(
                 f"{file.name}: dequantising {header.parameters / 1e6:.0f}M parameters, once; "
-                f"takes a minute or two and {size / 1e9:.1f} GB"
+                f"takes about a minute and {size / 1e9:.1f} GB"
             )
             _dequantise(file, header, partial)
 
