@@ -74,8 +74,10 @@ class _PackedRows:
     def nbytes(self) -> int:
         return self._packed.nbytes
 
-    def append(self, x_BHTD: Tensor) -> None:
-        new = self._codec.encode(x_BHTD)
+    def encode(self, x_BHTD: Tensor) -> PackedVectors:
+        return self._codec.encode(x_BHTD)
+
+    def append(self, new: PackedVectors) -> None:
         indices = torch.cat((self._packed.indices, new.indices), dim=2)
         scalars = torch.cat((self._packed.scalars, new.scalars), dim=2)
         self._packed = PackedVectors(indices, scalars)
@@ -139,8 +141,10 @@ class _TurboQuantLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         keys, values = self._rows or self._initialize(key_states, value_states)
         visible, _ = self.get_mask_sizes(key_states.shape[2])
-        keys.append(key_states)
-        values.append(value_states)
+        # Both are encoded before one is stored: a refused value leaves the cache as it was.
+        new_keys, new_values = keys.encode(key_states), values.encode(value_states)
+        keys.append(new_keys)
+        values.append(new_values)
         self.cumulative_length += key_states.shape[2]
         decoded = (
             keys.decode_last(visible, key_states.dtype),
