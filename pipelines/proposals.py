@@ -1,24 +1,24 @@
 """New prompts in the likeness of selected ones: few-shot continuation, and mutation.
 
-A model that continues a list writes new prompts of a kind; a mutator swaps the parts that the
-prompts of the pool are made of. Mutation covers what a small model never thinks of
+A model that continues a list writes new prompts of a kind; a mutator recombines the parts that
+selected prompts are made of, and covers what a small model never thinks of
 (docs/decisions/0005-prompt-generators.md).
 """
 
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-SEPARATORS = re.compile(r"(, | with | without | of | due to | and )")
+JOIN = ", "
 
 
 @dataclass(frozen=True, slots=True)
 class Seed:
-    """A selected prompt that new ones are made from."""
+    """A selected prompt that new ones are made from, and the specialist's answer to it."""
 
     prompt_id: str
     text: str
+    answer: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +38,16 @@ class FewShot:
 
 
 def few_shot(seeds: Sequence[Seed], shots: int, count: int, random_seed: str) -> list[FewShot]:
-    """Draw `count` lists of up to `shots` different seeds; the last one is the parent."""
+    """Draw `count` lists of up to `shots` different seeds; the last one is the parent.
+
+    The seeds of a list share an answer where enough do: a small model goes on about one thing.
+    """
     source = random.Random(random_seed)
-    lists = [source.sample(seeds, min(shots, len(seeds))) for _ in range(count)]
+    groups = [group for group in _by_answer(seeds).values() if len(group) >= shots]
+    lists = []
+    for _ in range(count):
+        group = source.choice(groups) if groups else seeds
+        lists.append(source.sample(group, min(shots, len(group))))
     return [FewShot(chosen[-1].prompt_id, _list_prompt(chosen)) for chosen in lists]
 
 
@@ -50,34 +57,37 @@ def _list_prompt(seeds: Sequence[Seed]) -> str:
 
 
 def mutate(seeds: Sequence[Seed], count: int, random_seed: str) -> list[Proposal]:
-    """Swap one part of a seed for the part at the same place of another seed of the same form.
+    """Cross the head of one seed with the tail of another that has the same answer.
 
-    A form is the sequence of separators ("… of …, … with …"); its parts are the slots. Up to
-    `count` different texts that are not seeds, fewer where the seeds allow no more.
+    Texts are cut at commas. Up to `count` different texts that are not seeds; fewer where the
+    seeds allow no more.
     """
     source = random.Random(random_seed)
-    parts = [(seed, SEPARATORS.split(seed.text)) for seed in seeds]
-    forms: dict[tuple[str, ...], list[list[str]]] = {}
-    for _, pieces in parts:
-        forms.setdefault(tuple(pieces[1::2]), []).append(pieces)
-    mutable = [(seed, pieces) for seed, pieces in parts if _has_partner(pieces, forms)]
+    parts = {seed.prompt_id: seed.text.split(JOIN) for seed in seeds}
+    groups = _by_answer([seed for seed in seeds if len(parts[seed.prompt_id]) > 1])
+    crossable = [group for group in groups.values() if len(group) > 1]
+    weights = [len(group) for group in crossable]
     known = {seed.text for seed in seeds}
     proposals: list[Proposal] = []
-    for _ in range(20 * count if mutable else 0):
+    for _ in range(20 * count if crossable else 0):
         if len(proposals) == count:
             break
-        seed, pieces = source.choice(mutable)
-        text = _swap(pieces, source.choice(forms[tuple(pieces[1::2])]), source)
+        [group] = source.choices(crossable, weights)
+        head, tail = source.sample(group, 2)
+        text = _cross(parts[head.prompt_id], parts[tail.prompt_id], source)
         if text not in known:
             known.add(text)
-            proposals.append(Proposal(seed.prompt_id, text))
+            proposals.append(Proposal(head.prompt_id, text))
     return proposals
 
 
-def _has_partner(pieces: list[str], forms: dict[tuple[str, ...], list[list[str]]]) -> bool:
-    return len(pieces) > 1 and len(forms[tuple(pieces[1::2])]) > 1
+def _by_answer(seeds: Sequence[Seed]) -> dict[str, list[Seed]]:
+    groups: dict[str, list[Seed]] = {}
+    for seed in seeds:
+        groups.setdefault(seed.answer, []).append(seed)
+    return groups
 
 
-def _swap(pieces: list[str], other: list[str], source: random.Random) -> str:
-    slot = 2 * source.randrange((len(pieces) + 1) // 2)
-    return "".join((*pieces[:slot], other[slot], *pieces[slot + 1 :]))
+def _cross(head: Sequence[str], tail: Sequence[str], source: random.Random) -> str:
+    kept, taken = source.randrange(1, len(head)), source.randrange(1, len(tail))
+    return JOIN.join((*head[:kept], *tail[taken:]))

@@ -7,10 +7,10 @@ start uploads what is missing.
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stillhouse.configs.recipe import RecipeConfig
-from stillhouse.errors import StillhouseError
+from stillhouse.errors import StillhouseError, TrackingError
 from stillhouse.pipelines.local import local_runner
 from stillhouse.pipelines.observer import Observer, Observers
 from stillhouse.pipelines.presets import chain
@@ -18,9 +18,7 @@ from stillhouse.pipelines.runner import Resume
 from stillhouse.storage.events import EventLog
 from stillhouse.storage.layout import RunFolder
 from stillhouse.storage.manifest import FileEntry, Manifest, StageEntry
-
-if TYPE_CHECKING:
-    from stillhouse.storage.tracking import Tracker
+from stillhouse.storage.tracking import Tracker, default_uri
 
 
 def run_tracked(
@@ -46,18 +44,22 @@ class TrackingObserver(Observer):
         self._console = console
         self._folder = RunFolder(Path(recipe.runs_root) / recipe.name)
         self._log = EventLog(self._folder)
+        uri = recipe.tracking.uri or default_uri(Path(recipe.runs_root))
+        experiment = recipe.tracking.experiment
+        self._tracker = Tracker(self._folder, self._log, uri, experiment, recipe.name)
         self._started = False
-        self._reachable = True
 
     def run_opened(self) -> None:
         """Upload what an earlier start could not."""
-        if self._tracker().has_pending():
-            self._probe()
-            self._upload()
+        self._upload()
 
     def run_started(self, name: str, keys: Mapping[str, str]) -> None:
         self._started = True
-        self._probe()
+        if (why := self._tracker.probe()) is not None:
+            self._console.note(
+                f"MLflow cannot be reached: {why}. Events are kept in {self._folder.events} and "
+                "uploaded by the next start that reaches it"
+            )
         params = _flat(self._recipe.model_dump(mode="json"))
         tags = {f"stillhouse.key.{stage}": key for stage, key in keys.items()}
         self._log.emit("run_started", params=params, tags=tags)
@@ -95,7 +97,7 @@ class TrackingObserver(Observer):
         self._log.emit("artifact", path=str(self._folder.report.resolve()))
         metrics = _numbers(_flat({key: report.get(key) for key in _HEADLINES}))
         self._log.emit("run_finished", status="finished", metrics=metrics)
-        self._upload()
+        self._tracker.flush()
 
     def run_failed(self, error: StillhouseError) -> None:
         """Say that the run stopped; the error itself is told by whoever caught it."""
@@ -104,26 +106,12 @@ class TrackingObserver(Observer):
             self._console.note(f"run {self._recipe.name} stopped: {type(error).__name__}")
             self._upload()
 
-    def _tracker(self) -> "Tracker":
-        from stillhouse.storage.tracking import Tracker, default_uri
-
-        root = Path(self._recipe.runs_root)
-        config = self._recipe.tracking
-        uri = config.uri or default_uri(root)
-        return Tracker(self._folder, self._log, uri, config.experiment, self._recipe.name)
-
-    def _probe(self) -> None:
-        why = self._tracker().probe()
-        self._reachable = why is None
-        if why is not None:
-            self._console.note(
-                f"MLflow cannot be reached: {why}. Events are kept in {self._folder.events} and "
-                "uploaded by the next start that reaches it"
-            )
-
     def _upload(self) -> None:
-        if self._reachable:
-            self._tracker().flush()
+        """A refusal does not stop the work: the events stay, and the next upload tries again."""
+        try:
+            self._tracker.flush()
+        except TrackingError as error:
+            self._console.note(str(error))
 
     def _tables(self, entry: StageEntry) -> dict[str, list[FileEntry]]:
         tables: dict[str, list[FileEntry]] = {}

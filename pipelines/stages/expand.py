@@ -20,7 +20,8 @@ from stillhouse.workers.protocols import Decoding, Failed
 
 CHUNK = 32  # proposals a task makes: a shard, and so part of what decides the sampled text
 SEEDS = """
-SELECT prompt_id, text FROM selections JOIN prompts USING (prompt_id)
+SELECT prompt_id, prompts.text, completions.text FROM selections
+JOIN prompts USING (prompt_id) JOIN completions USING (completion_id)
 WHERE selections.status = 'kept' AND prompts.status = 'kept' AND selections.round < ?
   AND split = 'train' ORDER BY hash(prompt_id || ?), prompt_id LIMIT ?
 """
@@ -99,7 +100,7 @@ def _propose(run: StageRun, task: Task) -> Part:
     seed = f"{run.recipe.expand.seed}/{task.name}"
     with run.catalog() as catalog:
         rows = catalog.rows(SEEDS, [number, seed, MAX_SEEDS])
-    seeds = [Seed(prompt_id, text) for prompt_id, text in rows]
+    seeds = [Seed(*row) for row in rows]
     count = int(task.arguments["count"])
     tokens = 0
     if not seeds:

@@ -50,7 +50,7 @@ class Console(Observer):
         self._progress.stop()
 
     def note(self, text: str) -> None:
-        self._terminal.print(f"[yellow]•[/yellow] {text}", highlight=False)
+        self._terminal.print(f"[yellow]•[/yellow] {text}", highlight=False, soft_wrap=True)
 
     def stage_cached(self, entry: StageEntry) -> None:
         self._line("[dim]=[/dim]", entry, "finished before, reused")
@@ -77,4 +77,5 @@ class Console(Observer):
             f"{mark} {entry.stage:<10} {counts.rows_in:>6} in = {counts.kept} kept + "
             f"{counts.rejected} rejected + {counts.failed} failed   [dim]{what}[/dim]",
             highlight=False,
+            soft_wrap=True,
         )
