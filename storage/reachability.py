@@ -37,6 +37,19 @@ def why_unreachable(uri: str) -> str | None:
     return _why_no_answer(uri)
 
 
+def is_disconnection(error: BaseException) -> bool:
+    """Say whether anything in the chain of causes is a connection that broke or timed out."""
+    from requests import ConnectionError as NoConnection
+    from requests import Timeout
+
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, NoConnection | Timeout | ConnectionError | TimeoutError):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
 def sqlite_path(uri: str) -> Path:
     """Return the database file of a `sqlite:///` URI."""
     return Path(uri.partition(":///")[2])

@@ -56,14 +56,15 @@ def _prompt_of(lookup: Lookup, identity: str) -> str:
 
 
 def _ancestors(lookup: Lookup, prompt_id: str) -> list[Step]:
-    """Return the prompt's rows, its parents' before it."""
+    """Return the prompt as it was read and as it was kept, its parents' rows before its own."""
     steps: list[Step] = []
     seen: set[str] = set()
     wanted: str | None = prompt_id
     while wanted is not None and wanted not in seen:
         seen.add(wanted)
         rows = _rows(lookup, "prompts", "prompt_id", wanted)
-        steps = rows + steps
+        raw = _rows(lookup, "raw", "locator", rows[0][1]["locator"]) if rows else []
+        steps = raw + rows + steps
         wanted = rows[0][1]["parent_id"] if rows else None
     return steps
 

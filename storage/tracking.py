@@ -10,8 +10,6 @@ found by a tag before they are made, and MLflow drops metrics and datasets that 
 
 import hashlib
 import json
-import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +17,12 @@ from typing import TYPE_CHECKING, Any
 from stillhouse.errors import TrackingError
 from stillhouse.storage.events import Event, EventLog
 from stillhouse.storage.layout import RunFolder
-from stillhouse.storage.reachability import check_uri, sqlite_path, why_unreachable
+from stillhouse.storage.reachability import (
+    check_uri,
+    is_disconnection,
+    sqlite_path,
+    why_unreachable,
+)
 from stillhouse.storage.redaction import redact_uris, redacted
 from stillhouse.storage.tracking_fields import (
     MAX_BATCH,
@@ -33,6 +36,7 @@ from stillhouse.storage.tracking_fields import (
     quoted,
     release,
 )
+from stillhouse.storage.tracking_settings import mlflow_quiet
 from stillhouse.storage.tracking_state import TrackingState
 
 if TYPE_CHECKING:
@@ -42,13 +46,6 @@ CANDIDATE, CHAMPION = "candidate", "champion"
 
 _ID_TAG = "stillhouse.id"
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
-_QUIET = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the next flush is the retry that matters
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-}
 
 
 def default_uri(runs_root: Path) -> str:
@@ -96,22 +93,24 @@ class Tracker:
 
     def _send(self, batch: list[Event]) -> bool:
         """Upload one batch; False when the server went away meanwhile."""
-        for name, value in _QUIET.items():
-            os.environ.setdefault(name, value)
-        from mlflow.exceptions import MlflowException
+        with mlflow_quiet():
+            from mlflow.exceptions import MlflowException
 
-        try:
-            self._session().take(batch)
-        except (MlflowException, OSError) as error:
-            if _is_disconnection(error) or self.probe() is not None:
-                return False
-            raise TrackingError(
-                f"the tracking server {redact_uris(self._uri)} refused event {batch[0].id} "
-                f"({batch[0].kind}, stage {batch[0].stage}): {redact_uris(str(error))}. "
-                "Nothing is lost: the event and those after it stay in events.jsonl and are "
-                "uploaded by the next start once the server takes them."
-            ) from error
+            try:
+                self._session().take(batch)
+            except (MlflowException, OSError) as error:
+                if is_disconnection(error) or self.probe() is not None:
+                    return False
+                raise TrackingError(self._refusal(batch[0], error)) from error
         return True
+
+    def _refusal(self, event: Event, error: Exception) -> str:
+        return (
+            f"the tracking server {redact_uris(self._uri)} refused event {event.id} "
+            f"({event.kind}, stage {event.stage}): {redact_uris(str(error))}. "
+            "Nothing is lost: the event and those after it stay in events.jsonl and are "
+            "uploaded by the next start once the server takes them."
+        )
 
     def _session(self) -> "_Upload":
         if self._upload is None:
@@ -128,8 +127,6 @@ class _Upload:
     ) -> None:
         from mlflow import MlflowClient
 
-        for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.WARNING)
         self._folder, self._uri, self._run_name = folder, uri, run_name
         self._state_path, self._state = state, TrackingState.load(state)
         self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -394,16 +391,3 @@ def _batches(events: Iterator[Event]) -> Iterator[list[Event]]:
             yield [event]
     if metrics:
         yield metrics
-
-
-def _is_disconnection(error: BaseException) -> bool:
-    """Say whether anything in the chain of causes is a connection that broke or timed out."""
-    from requests import ConnectionError as NoConnection
-    from requests import Timeout
-
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, NoConnection | Timeout | ConnectionError | TimeoutError):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False

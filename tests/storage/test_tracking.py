@@ -1,0 +1,238 @@
+"""What a real MLflow server knows after an upload, read back through its own client."""
+
+import json
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from stillhouse.errors import ConfigError, TrackingError
+from stillhouse.storage.events import EventLog
+from stillhouse.storage.layout import RunFolder
+from stillhouse.storage.tracking import Tracker, default_uri
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("mlflow_environment")]
+
+
+@pytest.fixture
+def client(mlflow_server):
+    return MlflowClient(mlflow_server.uri, mlflow_server.uri)
+
+
+def make_checkpoint(path: Path) -> None:
+    """Save a random Llama of a few hundred weights with a tokenizer of four words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1, "a": 2, "b": 3}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", eos_token="<eos>"
+    )
+    config = LlamaConfig(
+        vocab_size=4,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        max_position_embeddings=16,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+def tell_the_first_half(log: EventLog) -> None:
+    log.emit(
+        "run_started",
+        params={
+            "seed": 3,
+            "score": {"batch_size": 8},
+            "hub_token": "hf_private",
+            "long": "x" * 9_000,
+        },
+        tags={"recipe": "tiny", "machine": "laptop"},
+    )
+    log.emit("stage_started", "score", key="k1", params={"model": "specialist", "max_tokens": 64})
+    log.emit(
+        "dataset", "score", name="prompts", path="p.parquet", digest="a" * 64, rows=9,
+        source="ingest", parents=[],
+    )  # fmt: skip
+    log.emit(
+        "dataset", "score", name="scores", path="s.parquet", digest="b" * 64, rows=7,
+        source="score", parents=["prompts"],
+    )  # fmt: skip
+    counts = {"rows_in": 9, "kept": 7, "rejected": 0, "failed": 2}
+    log.emit("stage_finished", "score", counts=counts, seconds=2.0, tokens=500, status="finished")
+    log.emit("stage_started", "distill", key="k2", params={"learning_rate": 0.001})
+    for step in range(1, 1_201):
+        log.emit("metric", "distill", name="loss", value=3.0 / step, step=step)
+
+
+def tell_the_second_half(log: EventLog) -> None:
+    log.emit("artifact", path="report.json")
+    log.emit(
+        "model", "distill", path="checkpoint", name="student", task="text-generation",
+        tags={"recovery": 0.7},
+    )  # fmt: skip
+    log.emit("promote", name="student")
+    counts = {"rows_in": 7, "kept": 7, "rejected": 0, "failed": 0}
+    log.emit("stage_finished", "distill", counts=counts, seconds=1.5, tokens=700, status="finished")
+    log.emit(
+        "run_finished", status="finished", metrics={"recovery": 0.7, "accuracy": {"base": 0.0}}
+    )
+
+
+def runs_of(client: MlflowClient, experiment: str):
+    found = client.get_experiment_by_name(experiment)
+    runs = client.search_runs([found.experiment_id])
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    children = {run.info.run_name: run for run in runs if run is not parent}
+    assert len(children) == len(runs) - 1
+    return parent, children
+
+
+def test_a_run_its_outage_and_its_resume_are_read_back(folder, mlflow_server, client) -> None:
+    experiment = "whole-line"
+    folder.root.mkdir(parents=True)
+    folder.report.write_text(json.dumps({"recovery": 0.7}))
+    make_checkpoint(folder.root / "checkpoint")
+    log = EventLog(folder)
+    tell_the_first_half(log)
+
+    def tracker() -> Tracker:
+        return Tracker(folder, EventLog(folder), mlflow_server.uri, experiment, "tiny")
+
+    assert tracker().probe() is None
+    assert tracker().flush() == 6 + 1_200
+    assert tracker().flush() == 0
+
+    # An outage: the run says so, goes on, and keeps what happened.
+    mlflow_server.stop()
+    assert "no server answers at http://127.0.0.1" in str(tracker().probe())
+    log.emit("run_started", params={"seed": 3, "score": {"batch_size": 16}}, tags={})
+    tell_the_second_half(log)
+    assert tracker().flush() == 0
+    mlflow_server.start()
+
+    # The cursor is lost as by a kill before the acknowledgement: everything is told twice.
+    assert tracker().flush() == 6
+    for cursor in folder.tracking.glob("*.cursor.json"):
+        cursor.unlink()
+    assert tracker().flush() == 6 + 1_200 + 6
+
+    parent, children = runs_of(client, experiment)
+    assert parent.info.run_name == "tiny"
+    assert parent.info.status == "FINISHED"
+    assert set(children) == {"score", "distill"}
+    assert {run.data.tags["mlflow.parentRunId"] for run in children.values()} == {
+        parent.info.run_id
+    }
+    assert {run.info.status for run in children.values()} == {"FINISHED"}
+    check_parameters(parent, children)
+    check_metrics(client, parent, children)
+    check_datasets(children["score"])
+    check_model(client, children["distill"])
+    assert [file.path for file in client.list_artifacts(parent.info.run_id)] == ["report.json"]
+
+
+def check_parameters(parent, children) -> None:
+    assert parent.data.params["seed"] == "3"
+    assert parent.data.params["score.batch_size"] == "8"
+    assert parent.data.tags["changed.score.batch_size"] == "16"
+    assert parent.data.tags["recipe"] == "tiny"
+    assert parent.data.params["hub_token"] == "[redacted]"
+    assert len(parent.data.params["long"]) == 6_000
+    assert "9000 characters" in parent.data.params["long"]
+    assert children["score"].data.params == {"model": "specialist", "max_tokens": "64"}
+
+
+def check_metrics(client, parent, children) -> None:
+    history = client.get_metric_history(children["distill"].info.run_id, "loss")
+    assert [(m.step, m.value) for m in sorted(history, key=lambda m: m.step)] == [
+        (step, 3.0 / step) for step in range(1, 1_201)
+    ]
+    assert children["score"].data.metrics == {
+        "rows_in": 9, "kept": 7, "rejected": 0, "failed": 2,
+        "seconds": 2.0, "tokens": 500, "tokens_per_second": 250.0,
+    }  # fmt: skip
+    assert parent.data.metrics == {"recovery": 0.7, "accuracy.base": 0.0}
+
+
+def check_datasets(run) -> None:
+    logged = {
+        (found.dataset.name, tag.value): found.dataset
+        for found in run.inputs.dataset_inputs
+        for tag in found.tags
+        if tag.key == "mlflow.data.context"
+    }
+    assert len(run.inputs.dataset_inputs) == 2
+    assert set(logged) >= {("scores", "output")}
+    scores = logged["scores", "output"]
+    assert scores.digest == "b" * 36
+    assert json.loads(scores.source)["uri"].endswith("s.parquet")
+    profile = json.loads(scores.profile)
+    assert profile == {"num_rows": 7, "parents": ["prompts"], "made_by": "score"}
+    assert "prompts" in {found.dataset.name for found in run.inputs.dataset_inputs}
+
+
+def check_model(client, run) -> None:
+    (version,) = client.search_model_versions("name = 'student'")
+    assert client.get_model_version_by_alias("student", "candidate").version == version.version
+    assert client.get_model_version_by_alias("student", "champion").version == version.version
+    assert version.run_id == run.info.run_id
+    assert version.tags["recovery"] == "0.7"
+    (model,) = client.search_logged_models([run.info.experiment_id])
+    assert version.source == f"models:/{model.model_id}"
+    files = {
+        file.path.rsplit("/")[-1] for file in client.list_logged_model_artifacts(model.model_id)
+    }
+    assert "MLmodel" in files
+
+
+def test_what_the_server_refuses_is_said_and_kept(folder, mlflow_server, client) -> None:
+    log = EventLog(folder)
+    log.emit("run_started", params={}, tags={})
+    log.emit("promote", name="never-registered")
+    tracker = Tracker(folder, log, mlflow_server.uri, "refusals", "r")
+    with pytest.raises(TrackingError, match=r"event 2 promotes .* has not registered"):
+        tracker.flush()
+    log = EventLog(folder)
+    log.emit("artifact", path="not there.txt")
+    assert [event.id for event in log.pending(tracker._cursor)] == [2, 3]
+
+    experiment = client.get_experiment_by_name("refusals")
+    client.delete_experiment(experiment.experiment_id)
+    again = Tracker(folder, EventLog(folder), mlflow_server.uri, "refusals", "r")
+    with pytest.raises(TrackingError, match="has been deleted"):
+        again.flush()
+
+
+def test_an_artifact_that_is_missing_is_named(folder, mlflow_server) -> None:
+    log = EventLog(folder)
+    log.emit("artifact", path="missing.txt")
+    tracker = Tracker(folder, log, mlflow_server.uri, "missing", "r")
+    with pytest.raises(TrackingError, match=r"event 1 \(artifact.*missing\.txt.*Nothing is lost"):
+        tracker.flush()
+
+
+def test_the_default_is_a_database_beside_the_runs(folder, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    uri = default_uri(Path("runs"))
+    assert uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    log = EventLog(folder)
+    log.emit("run_started", params={"a": 1}, tags={})
+    log.emit("metric", None, name="loss", value=float("nan"), step=1)
+    tracker = Tracker(folder, log, uri, "local", "run")
+    assert tracker.probe() is None
+    assert tracker.flush() == 2
+    client = MlflowClient(uri, uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("local").experiment_id])
+    assert run.data.params == {"a": "1"}
+    assert run.info.artifact_uri.startswith(f"file://{tmp_path}/runs/mlartifacts/")
+
+
+@pytest.mark.parametrize("uri", ["./mlruns", "file:///tmp/mlruns", "sqlite:///relative.db"])
+def test_a_place_that_mlflow_would_refuse_is_refused_first(folder: RunFolder, uri: str) -> None:
+    with pytest.raises(ConfigError, match="expected sqlite:///<absolute path>"):
+        Tracker(folder, EventLog(folder), uri, "e", "r")
