@@ -1,6 +1,7 @@
 """TurboQuantCache in transformers models: what is stored, what attention sees, how many bytes."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from stillhouse.workers.cache import CacheFormat, TurboQuantCache
 
 VOCABULARY, WINDOW, HEADS, HEAD_DIM = 50, 8, 2, 16
 EIGHT_BITS = CacheFormat(key_bits=8, value_bits=8)
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 96,
