@@ -13,14 +13,15 @@ DuckDB 2 lets `WITH x AS (COPY …)` write, even in a read-only transaction, to 
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import duckdb
 
-from stillhouse.errors import ConfigError, IntegrityError
+from stillhouse.errors import ConfigError, IntegrityError, StorageFullError
 from stillhouse.storage.durable import spill_folder
 from stillhouse.storage.layout import RunFolder
 from stillhouse.storage.manifest import Manifest, stage_files
@@ -75,14 +76,23 @@ class Catalog:
             },
         )
         files = _files_of(folder, manifest, keys)
-        for table, record_type in TABLES.items():
-            self._connection.execute(_view(record_type, files[table]))
-        paths = (path for stages in files.values() for found in stages.values() for path in found)
-        self._shut(paths)
+        self._paths = [
+            path for stages in files.values() for found in stages.values() for path in found
+        ]
+        try:
+            for table, record_type in TABLES.items():
+                self._connection.execute(_view(record_type, files[table]))
+        except (duckdb.IOException, duckdb.InvalidInputException) as error:
+            self.close()
+            self._explain(error)
+            raise
+        self._shut()
 
-    def _shut(self, paths: Iterable[str]) -> None:
+    def _shut(self) -> None:
         """Close every way out of the run's files; it cannot be opened again."""
-        listed = ", ".join(_quoted(path) for path in paths)
+        # a view asks for its files by pattern, and by the path that the pattern matched
+        allowed = dict.fromkeys(name for path in self._paths for name in (path, _literal(path)))
+        listed = ", ".join(_quoted(name) for name in allowed)
         for setting in (
             f"allowed_paths = [{listed}]",
             "python_enable_replacements = false",  # else SQL could name our Python variables
@@ -152,9 +162,37 @@ class Catalog:
         cursor.execute("BEGIN TRANSACTION READ ONLY")
         try:
             cursor.execute(sql, parameters)
+        except (duckdb.IOException, duckdb.PermissionException) as error:
+            self._explain(error)
+            raise
+        return [column[0] for column in cursor.description or ()], self._batches(cursor, batch)
+
+    def _batches(self, cursor: duckdb.DuckDBPyConnection, batch: int) -> Iterator[tuple[Any, ...]]:
+        try:
+            while rows := cursor.fetchmany(batch):
+                yield from rows
         except duckdb.IOException as error:
-            raise IntegrityError(_unreadable(error)) from error
-        return [column[0] for column in cursor.description or ()], _batches(cursor, batch)
+            self._explain(error)
+            raise
+        finally:
+            cursor.close()
+
+    def _explain(self, error: duckdb.Error) -> None:
+        """Raise what a failed read means; return when it is about none of the run's files.
+
+        DuckDB looks for a file that is gone as a folder, and reports that as a lack of permission.
+        """
+        if "No space left" in str(error):
+            raise StorageFullError(
+                f"no space left in {self._spill.parent} for what the query does not fit in memory: "
+                f"{error}. Free some space and start the same command again."
+            ) from error
+        gone = [path for path in self._paths if not Path(path).exists()]
+        if gone or isinstance(error, duckdb.IOException):
+            raise IntegrityError(
+                f"a file of the run cannot be read: {gone[0] if gone else error}. "
+                "`stillhouse run` checks every file against the manifest and says what to do."
+            ) from error
 
     def close(self) -> None:
         """Close the tables and remove what queries spilled."""
@@ -171,16 +209,6 @@ class Catalog:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _batches(cursor: duckdb.DuckDBPyConnection, batch: int) -> Iterator[tuple[Any, ...]]:
-    try:
-        while rows := cursor.fetchmany(batch):
-            yield from rows
-    except duckdb.IOException as error:
-        raise IntegrityError(_unreadable(error)) from error
-    finally:
-        cursor.close()
 
 
 def _explained(rows: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
@@ -204,14 +232,7 @@ def _refuse_writing(sql: str) -> None:
 
 
 def _refusal(found: str) -> ConfigError:
-    return ConfigError(f"this SQL was not run. {_ALLOWED}; {found}")
-
-
-def _unreadable(error: duckdb.Error) -> str:
-    return (
-        f"a file of the run cannot be read: {error}. `stillhouse run` checks every file against "
-        "the manifest and names the one that changed."
-    )
+    return ConfigError(f"this SQL was refused: {found}. {_ALLOWED}.")
 
 
 Files = dict[str, dict[str, list[str]]]  # table -> stage -> absolute paths
@@ -233,7 +254,7 @@ def _view(record_type: type[Record], files: Mapping[str, list[str]]) -> str:
     columns = ", ".join(f'"{name}"' for name in schema.names)
     parts = []
     for stage, paths in files.items():
-        listed = ", ".join(_quoted(path) for path in paths)
+        listed = ", ".join(_quoted(_literal(path)) for path in paths)
         source = f"read_parquet([{listed}])"
         parts.append(f"SELECT {columns}, {_quoted(stage)} AS _stage FROM {source}")
     if not parts:
@@ -244,3 +265,8 @@ def _view(record_type: type[Record], files: Mapping[str, list[str]]) -> str:
 
 def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
+
+
+def _literal(path: str) -> str:
+    """Return a pattern that matches `path` and nothing else: `runs/[old]` is a folder's name."""
+    return re.sub(r"[*?[]", r"[\g<0>]", path)

@@ -84,15 +84,15 @@ def sweep(folder: RunFolder) -> int:
     leftovers += folder.root.glob(f".*{_SUFFIX}")
     for path in leftovers:
         path.unlink(missing_ok=True)
-    for spill in folder.spill.glob("*"):
-        if not _is_alive(spill.name):
+    for spill in folder.root.glob(folder.spill("*").name):
+        if not _is_alive(spill.name.removeprefix(folder.spill("").name)):
             shutil.rmtree(spill, ignore_errors=True)
     return len(leftovers)
 
 
 def spill_folder(folder: RunFolder) -> Path:
     """Return a new name (host, process, number) for one query's spill folder."""
-    return folder.spill / f"{os.uname().nodename}@{os.getpid()}@{secrets.token_hex(4)}"
+    return folder.spill(f"{os.uname().nodename}@{os.getpid()}@{secrets.token_hex(4)}")
 
 
 def _is_alive(name: str) -> bool:

@@ -2,7 +2,7 @@
 
 runs/<name>/
     recipe.resolved.json  plan.json  manifest.jsonl  events.jsonl  report.json
-    logs/  .lock  .verified.json  .tracking/
+    logs/  .lock  .verified.json  .tracking/  .spill-<host>@<pid>@<number>/
     stages/<stage>/<key>/<table>/part-<shard>.parquet
 """
 
@@ -61,10 +61,12 @@ class RunFolder:
         """How far each tracking server has been told, and the ids it gave."""
         return self.root / ".tracking"
 
-    @property
-    def spill(self) -> Path:
-        """Where queries put what does not fit in memory."""
-        return self.root / ".spill"
+    def spill(self, name: str) -> Path:
+        """Return the folder where one query puts what does not fit in memory.
+
+        It lies in the run folder itself: DuckDB makes it on demand, but no folder above it.
+        """
+        return self.root / f".spill-{name}"
 
     def stage_dir(self, stage: str, key: str) -> Path:
         """Return the folder of all that `stage` wrote under `key`."""

@@ -4,7 +4,7 @@ import re
 
 HIDDEN = "[redacted]"
 
-_URI_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+_URI_CREDENTIALS = re.compile(r"(?<=://)[^/\s]+@")
 # `hf_token`, `api.key`, `db_password`; not `max_tokens`, `key_bits`, `tokenizer`.
 _LAST_WORD = re.compile(r"(^|[._\-/])(key|token|credentials?)$", re.IGNORECASE)
 _ANYWHERE = re.compile(r"passw(or)?d|secret|api_?key", re.IGNORECASE)

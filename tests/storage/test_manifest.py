@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from stillhouse.errors import AccountingError, IntegrityError
 from stillhouse.storage.layout import RunFolder
 from stillhouse.storage.manifest import (
+    JSON,
     Counts,
     FileEntry,
     Manifest,
@@ -28,7 +29,7 @@ def shard(name: str, key: str = "k", stage: str = "score", rows: int = 3) -> Sha
 
 def stage_entry(key: str = "k") -> StageEntry:
     file = FileEntry("artifact", f"stages/specialize/{key}/adapter.safetensors", 0, 7, "cd")
-    facts = {"rank": 16, "note": "naïve", "targets": ["q", "v"]}
+    facts: dict[str, JSON] = {"rank": 16, "note": "naïve", "targets": ["q", "v"]}
     return StageEntry("specialize", key, (file,), Counts(2, 2), 10, 1.5, facts)
 
 

@@ -199,8 +199,8 @@ def test_leftovers_of_a_dead_run_are_swept(folder: RunFolder) -> None:
     dead = subprocess.run(
         [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True
     )
-    mine = folder.spill / f"{host}@{os.getpid()}@0"
-    gone = folder.spill / f"{host}@{int(dead.stdout)}@0"
+    mine = folder.spill(f"{host}@{os.getpid()}@0")
+    gone = folder.spill(f"{host}@{int(dead.stdout)}@0")
     for spill in (mine, gone):
         spill.mkdir(parents=True)
     assert sweep(folder) == 2
