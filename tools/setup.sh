@@ -48,16 +48,14 @@ fi
 hash=$(wanted)
 pip=("$VENV/bin/python" -m pip --disable-pip-version-check install)
 
-stage "torch (the small CPU build where the package index offers one)"
-"${pip[@]}" "$(grep '^setuptools==' constraints.txt)" "$(grep '^torch==' constraints.txt)"
 # torch's CUDA build pins a triton of its own: ours is for the CPU build, which pins none
 constraints=$VENV/.stillhouse-constraints.txt
-asks_for_triton='from importlib.metadata import requires; print(*requires("torch"), sep="\n")'
-if "$VENV/bin/python" -c "$asks_for_triton" | grep '^triton==' >/dev/null; then
-    grep -v '^triton==' constraints.txt >"$constraints"
-else
-    cp constraints.txt "$constraints"
-fi
+grep -v '^triton==' constraints.txt >"$constraints"
+stage "torch (the small CPU build where the package index offers one)"
+"${pip[@]}" -c "$constraints" setuptools "$(grep '^torch==' constraints.txt)"
+asks_for='from importlib.metadata import requires; print(*requires("torch"), sep="\n")'
+"$VENV/bin/python" -c "$asks_for" | grep '^triton==' >/dev/null \
+    || grep '^triton==' constraints.txt >>"$constraints"
 
 stage "dependencies and Stillhouse itself, editable (about 3 GB unpacked)"
 "${pip[@]}" -c "$constraints" --no-build-isolation -e '.[dev,demo]'
