@@ -1,4 +1,4 @@
-"""LoRA adapters (Hu et al., arXiv:2106.09685): put on a model, initialised, written in PEFT's format."""
+"""LoRA adapters (Hu et al., arXiv:2106.09685): made, initialised, written in PEFT's format."""
 
 import hashlib
 import math
@@ -21,7 +21,7 @@ LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.(.+)$")
 
 
 def put_adapter(model: PreTrainedModel, lora: LoraConfig, ref: str, seed: int) -> PeftModel:
-    """Put a fresh adapter on `model` (in place) and return it wrapped; only the adapter is trainable.
+    """Put a fresh adapter on `model`, in place; only the adapter is trainable.
 
     Layers below `lora.first_layer` get none: no gradient is asked of them, so autograd records
     nothing there. Raises `ConfigError` if no layer is left, `ModelError` if none is found.

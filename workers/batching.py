@@ -17,9 +17,9 @@ class PaddedBatch:
     Masks are never derived from the pad id: some tokenizers pad with their EOS.
     """
 
-    ids_BT: Tensor
-    mask_BT: Tensor  # 1 where a real token is
-    positions_BT: Tensor  # each row counts its own tokens from 0
+    ids: Tensor
+    mask: Tensor  # 1 where a real token is
+    positions: Tensor  # each row counts its own tokens from 0
 
 
 def length_buckets(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -25,7 +25,8 @@ def export(lm: LanguageModel, job: ExportJob) -> tuple[Path, ...]:
     """
     if job.dtype not in DTYPES:
         raise ModelError(f"export: expected a dtype of {sorted(DTYPES)}, found {job.dtype!r}")
-    model = _merged(lm.model).to(DTYPES[job.dtype])
+    model: Any = _merged(lm.model)
+    model.to(dtype=DTYPES[job.dtype])
     _refuse_not_finite(model, job)
     # No hashes.json: the manifest holds the hashes.
     with atomic_folder(job.folder, seal=False) as folder:
@@ -43,7 +44,7 @@ def _merged(model: Any) -> PreTrainedModel:
     if not isinstance(model, PeftModel):
         return model  # type: ignore[no-any-return]
     try:
-        return model.merge_and_unload(safe_merge=True)  # type: ignore[no-any-return, operator]
+        return model.merge_and_unload(safe_merge=True)  # type: ignore[no-any-return]
     except ValueError as error:
         raise ModelError(
             f"export: the adapter cannot be merged: {error}; train it again"

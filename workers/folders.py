@@ -1,4 +1,4 @@
-"""Folders that are either complete or not there: temporary folder, hashes, fsync, rename. No torch."""
+"""Folders that are complete or not there: temporary folder, hashes, fsync, rename. No torch."""
 
 import errno
 import hashlib

@@ -6,6 +6,7 @@ Shape letters: B rows of a batch, T positions, V vocabulary.
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,22 +70,22 @@ def _generate_batch(
     how: Decoding,
     cache_factory: CacheFactory | None,
 ) -> list[Completion]:
-    model = core(lm)
+    model: Any = core(lm)
     batch = pad_left(rows, lm.pad, model.device)
-    end = _EndOfAnswer(lm, how.stop, batch.ids_BT.shape[1], len(rows))
+    end = _EndOfAnswer(lm, how.stop, batch.ids.shape[1], len(rows))
     processors = LogitsProcessorList()
     if how.temperature > 0:
         processors.append(_GumbelNoise(how, members, model.device))
     with _no_inherited_decoding(model):
         output_BT = model.generate(
-            batch.ids_BT,
-            attention_mask=batch.mask_BT,
+            batch.ids,
+            attention_mask=batch.mask,
             generation_config=_greedy(lm, how),
             logits_processor=processors,
             stopping_criteria=StoppingCriteriaList([end]),
             past_key_values=None if cache_factory is None else cache_factory(),
         )
-    new_BT = output_BT[:, batch.ids_BT.shape[1] :].tolist()
+    new_BT = output_BT[:, batch.ids.shape[1] :].tolist()
     return [
         _completion(lm, ids, ended, how.stop)
         for ids, ended in zip(new_BT, end.ended_at, strict=True)
@@ -105,7 +106,7 @@ def _greedy(lm: LanguageModel, how: Decoding) -> GenerationConfig:
 
 @contextmanager
 def _no_inherited_decoding(model: PreTrainedModel) -> Iterator[None]:
-    """Set the model's own generation defaults aside: `generate` fills every unset knob from them."""
+    """Set the model's own defaults aside: `generate` fills every unset knob from them."""
     own = model.generation_config
     model.generation_config = GenerationConfig()
     try:
@@ -126,7 +127,7 @@ def _completion(
     return Completion(text[:cut].strip(), "length" if ended is None else "stop", tokens)
 
 
-class _EndOfAnswer(StoppingCriteria):  # type: ignore[misc]
+class _EndOfAnswer(StoppingCriteria):
     """Ends a row at its EOS or first stop string; remembers after how many new tokens.
 
     Only the tail of a row is decoded: a stop string of n bytes lies within the last n tokens. That
@@ -160,7 +161,7 @@ class _EndOfAnswer(StoppingCriteria):  # type: ignore[misc]
         return any(mark in text for mark in self._stop)
 
 
-class _GumbelNoise(LogitsProcessor):  # type: ignore[misc]
+class _GumbelNoise(LogitsProcessor):
     """Makes the greedy choice a sample: argmax(logits / temperature + Gumbel noise).
 
     Each row draws from a generator of its own.

@@ -32,6 +32,8 @@ from stillhouse.workers.protocols import (
 )
 
 if TYPE_CHECKING:
+    from transformers import Cache
+
     from stillhouse.workers.models.language_model import LanguageModel, TextCodec
 
 
@@ -213,6 +215,7 @@ class _LoadedModels:
         """Set the process up for torch once; the device to load on."""
         if self._device is None:
             import torch
+            from torch.utils import deterministic
             from transformers.utils import logging
 
             logging.disable_progress_bar()
@@ -222,13 +225,13 @@ class _LoadedModels:
             if self._device == "cpu":
                 torch.use_deterministic_algorithms(True)
                 # Filling every fresh tensor with NaN finds bugs and costs a pass over memory.
-                torch.utils.deterministic.fill_uninitialized_memory = False
+                deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         return self._device
 
 
 def _cache_factory(
     lm: "LanguageModel", config: CompressConfig | None
-) -> Callable[[], object] | None:
+) -> "Callable[[], Cache] | None":
     if config is None:
         return None
     from stillhouse.workers.divergence import compressed_cache_factory

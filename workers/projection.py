@@ -6,6 +6,7 @@ V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -28,16 +29,16 @@ class TargetRow:
 def core(lm: LanguageModel) -> PreTrainedModel:
     """The transformers model itself; PEFT's layers sit inside it, so adapters act all the same."""
     model = lm.model
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
 def hidden_states(lm: LanguageModel, batch: PaddedBatch, cache: Cache | None = None) -> Tensor:
-    """Hidden states `[B, T, D]` after the last norm; with `cache`, attention reads what it returns."""
+    """Hidden states `[B, T, D]` after the last norm; attention reads what `cache` returns."""
     decoder, _, _ = decoder_and_head(core(lm))
     hidden_BTD: Tensor = decoder(
-        input_ids=batch.ids_BT,
-        attention_mask=batch.mask_BT,
-        position_ids=batch.positions_BT,
+        input_ids=batch.ids,
+        attention_mask=batch.mask,
+        position_ids=batch.positions,
         past_key_values=cache,
         use_cache=cache is not None,
     )
@@ -54,8 +55,9 @@ def target_logps(
     device = core(lm).device
     batch = pad_right([row.ids[:-1] for row in rows], lm.pad, device)
     hidden_BTD = hidden_states(lm, batch, cache)
-    width = batch.ids_BT.shape[1]
-    at, targets = [], []
+    width = batch.ids.shape[1]
+    at: list[int] = []
+    targets: list[int] = []
     for index, row in enumerate(rows):
         first = len(row.ids) - row.targets
         at.extend(range(index * width + first - 1, index * width + len(row.ids) - 1))

@@ -84,10 +84,10 @@ class _Rows:
         for example in job.examples:
             made._add(lm, example, limit)
         if not made.rows:
+            reasons = sorted(set(made.rejected.values()))
             raise SourceError(
-                f"training: expected at least one example, found none fit among {len(job.examples)} "
-                f"(rejected: {sorted(set(made.rejected.values()))}); raise max_tokens or bring more "
-                "data"
+                "training: expected at least one example, found none fit among "
+                f"{len(job.examples)} (rejected: {reasons}); raise max_tokens or bring more data"
             )
         return made
 

@@ -1,6 +1,7 @@
 """Tiny random models with a byte-level tokenizer, made in a moment; nothing is downloaded."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,9 +36,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_model(kind: str, folder: Path, seed: int = 0) -> Path:
-    """Write a random tiny `llama` (no BOS) or `gemma` (sliding window, BOS, softcap) to `folder`."""
+    """Write a random `llama` (no BOS) or `gemma` (sliding window, BOS, softcap) to `folder`."""
     tokenizer = byte_tokenizer()
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -53,10 +54,10 @@ def write_model(kind: str, folder: Path, seed: int = 0) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if kind == "llama":
-            model = LlamaForCausalLM(LlamaConfig(**common))
+            model: Any = LlamaForCausalLM(LlamaConfig(**common))
         else:
             layers = ["sliding_attention", "sliding_attention", "full_attention"]
-            gemma = {"head_dim": 16, "sliding_window": 8, "layer_types": layers}
+            gemma: dict[str, Any] = {"head_dim": 16, "sliding_window": 8, "layer_types": layers}
             config = Gemma3TextConfig(**common, **gemma, final_logit_softcapping=20.0)
             model = Gemma3ForCausalLM(config)
     model.generation_config.repetition_penalty = 9.0  # must not leak into what we generate

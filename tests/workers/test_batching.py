@@ -30,13 +30,13 @@ def test_every_row_is_in_one_batch(lengths, batch_size):
 
 def test_left_padding_ends_every_row_at_the_last_position():
     batch = pad_left([[7, 8, 9], [5]], pad=5, device=CPU)
-    assert batch.ids_BT.tolist() == [[7, 8, 9], [5, 5, 5]]
-    assert batch.mask_BT.tolist() == [[1, 1, 1], [0, 0, 1]]  # not from the id: 5 is also pad
-    assert batch.positions_BT.tolist() == [[0, 1, 2], [0, 0, 0]]
+    assert batch.ids.tolist() == [[7, 8, 9], [5, 5, 5]]
+    assert batch.mask.tolist() == [[1, 1, 1], [0, 0, 1]]  # not from the id: 5 is also pad
+    assert batch.positions.tolist() == [[0, 1, 2], [0, 0, 0]]
 
 
 def test_right_padding_starts_every_row_at_the_first_position():
     batch = pad_right([[7, 8, 9], [5]], pad=5, device=CPU)
-    assert batch.ids_BT.tolist() == [[7, 8, 9], [5, 5, 5]]
-    assert batch.mask_BT.tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch.positions_BT.tolist() == [[0, 1, 2], [0, 0, 0]]
+    assert batch.ids.tolist() == [[7, 8, 9], [5, 5, 5]]
+    assert batch.mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2], [0, 0, 0]]

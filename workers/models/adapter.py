@@ -89,7 +89,9 @@ def _check_filled(wrapped: Any, folder: Path) -> None:
     """Compare what the configuration made with what the file held."""
     from peft import get_peft_model_state_dict
 
-    unfilled = sorted(set(get_peft_model_state_dict(wrapped)) - set(_adapter_shapes(folder)))
+    # Left at "auto", PEFT looks the base's name up on the hub, and warns when it is not there.
+    expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    unfilled = sorted(set(expected) - set(_adapter_shapes(folder)))
     if unfilled:
         raise ModelError(
             f"adapter {folder}: its configuration asks for {len(unfilled)} tensors that "
