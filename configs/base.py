@@ -8,7 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 class Config(BaseModel):
     """A frozen section of a recipe; unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 def knob(default: Any, **constraints: Any) -> Any:

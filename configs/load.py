@@ -9,6 +9,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from stillhouse.configs.reading import read_yaml
 from stillhouse.configs.recipe import RecipeConfig
 from stillhouse.errors import ConfigError
 
@@ -59,7 +60,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path}: `extends` comes back to itself; remove one of the two")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        tree = read_yaml(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: expected YAML, found: {error}") from error
     if not isinstance(tree, dict):
@@ -69,7 +70,9 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         return tree
     beside = path.parent / f"{parent}"
     base = beside if beside.is_file() else _find(str(parent))
-    return _merge(_read(base, (*seen, path.resolve())), tree)
+    inherited = _read(base, (*seen, path.resolve()))
+    inherited.pop("name", None)  # else two recipes would share a run folder
+    return _merge(inherited, tree)
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,7 +96,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override {override!r}: `{part}` is a value, not a section")
         node = child
     try:
-        node[last] = yaml.safe_load(text)
+        node[last] = read_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from error
 

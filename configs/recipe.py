@@ -91,9 +91,18 @@ class RecipeConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _student_is_evaluated(self) -> Self:
+        if "student" not in self.evaluate.arms:
+            raise ValueError(
+                "evaluate.arms: `student` is needed, because the gate judges it and `deploy` "
+                f"compares the exported copy with its answers; found {list(self.evaluate.arms)}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _recovery_has_its_arms(self) -> Self:
         arms = set(self.evaluate.arms)
-        needed = {"specialist", "target_before", "student"}
+        needed = {"specialist", "target_before"}
         if self.evaluate.gate.min_recovery is not None and not needed <= arms:
             raise ValueError(
                 "evaluate.gate.min_recovery: recovery = (student - target_before) / (specialist "

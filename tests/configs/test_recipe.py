@@ -1,0 +1,71 @@
+"""Rules across sections: each refusal says why."""
+
+from typing import Any
+
+import pytest
+
+from stillhouse.configs.load import check
+from stillhouse.errors import ConfigError
+
+
+def refused(tree: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check(tree)
+    return str(caught.value)
+
+
+def test_the_smallest_recipe(tree: dict[str, Any]) -> None:
+    recipe = check(tree)
+    assert recipe.pipeline == "transfer"
+    assert recipe.data.heldout_percent == 10
+
+
+@pytest.mark.parametrize(
+    "models", [{"adapter": None}, {"adapter": "peft:a", "specialist": "toy:llama"}]
+)
+def test_the_specialist_is_named_once(tree: dict[str, Any], models: dict) -> None:
+    tree["models"] |= models
+    message = refused(tree)
+    assert "exactly one of `adapter`" in message
+    assert "because the gap is measured between specialist and base" in message
+
+
+def test_training_a_specialist_needs_private_data(tree: dict[str, Any]) -> None:
+    tree["models"]["adapter"] = "stage:specialize"
+    message = refused(tree)
+    assert message.startswith("data.private:")
+    assert "peft:<folder>" in message
+
+
+def test_the_ceiling_needs_private_data(tree: dict[str, Any]) -> None:
+    tree["evaluate"] = {"arms": ["student", "ceiling"]}
+    assert "the ceiling arm train on private pairs" in refused(tree)
+
+
+def test_private_pairs_have_answers(tree: dict[str, Any]) -> None:
+    tree["data"]["private"] = {"ref": "jsonl:private.jsonl"}
+    assert "data.private.response: training pairs need the answer's column" in refused(tree)
+
+
+def test_questions_have_answers(tree: dict[str, Any]) -> None:
+    del tree["data"]["questions"]["response"]
+    assert "exact match needs the column of the right answers" in refused(tree)
+
+
+def test_an_empty_pool(tree: dict[str, Any]) -> None:
+    tree["data"]["pool"] = []
+    assert "data.pool: expected at least one source of prompts, found none" in refused(tree)
+
+
+def test_a_recovery_gate_needs_its_arms(tree: dict[str, Any]) -> None:
+    tree["evaluate"] = {"arms": ["base", "student"], "gate": {"min_recovery": 0.5}}
+    message = refused(tree)
+    assert "recovery = (student - target_before)" in message
+    assert "['specialist', 'target_before']" in message
+
+
+def test_the_student_is_always_evaluated(tree: dict[str, Any]) -> None:
+    tree["evaluate"] = {"arms": ["base"]}
+    message = refused(tree)
+    assert message.startswith("evaluate.arms: `student` is needed")
+    assert "`deploy` compares the exported copy" in message
