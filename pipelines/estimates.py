@@ -34,9 +34,7 @@ class Estimate:
     bytes: int
 
 
-def estimate(
-    recipe: RecipeConfig, manifest: Manifest, keys: dict[str, str]
-) -> dict[str, Estimate]:
+def estimate(recipe: RecipeConfig, manifest: Manifest, keys: dict[str, str]) -> dict[str, Estimate]:
     """Return the cost of each stage that is not finished."""
     fresh = _fresh(recipe)
     costs: dict[str, Estimate] = {}

@@ -25,9 +25,7 @@ def shingles(text: str) -> list[str]:
     return list(dict.fromkeys(grams))
 
 
-def sketch(
-    kind: str, texts: Sequence[tuple[str, str]], permutations: int
-) -> list[SketchRecord]:
+def sketch(kind: str, texts: Sequence[tuple[str, str]], permutations: int) -> list[SketchRecord]:
     """Sketch (id, text) pairs."""
     from datasketch import MinHash
 

@@ -63,8 +63,8 @@ class Runner:
         with RunLock(self.folder):
             self.observer.run_opened()
             manifest = self._start(resume, keys)
-            done = {stage.name: manifest.stage(stage.name, keys[stage.name]) for stage in stages}
-            if not all(done.values()):
+            fresh = not self._is_reported(manifest, keys, stages)
+            if fresh:
                 self.observer.run_started(self.recipe.name, keys)
             for stage in stages:
                 entry = manifest.stage(stage.name, keys[stage.name])
@@ -74,7 +74,7 @@ class Runner:
                     continue
                 self._run_stage(stage, manifest, keys)
             report = build_report(self.recipe, manifest, keys)
-            if not all(done.values()) or not self.folder.report.is_file():
+            if fresh:
                 self._write_json(self.folder.report, report)
                 self.observer.run_finished(report)
         return report
@@ -97,14 +97,26 @@ class Runner:
                 "check the recipe and its overrides, or run with --resume auto"
             )
         if resume == "never":
+            self.folder.manifest.unlink(missing_ok=True)  # first: a line needs its file
             shutil.rmtree(self.folder.root / "stages", ignore_errors=True)
-            self.folder.manifest.unlink(missing_ok=True)
             self.folder.report.unlink(missing_ok=True)
             manifest = Manifest(self.folder)
         sweep(self.folder)
         self._write_json(self.folder.recipe, self.recipe.model_dump(mode="json"))
         self._write_json(self.folder.plan, keys)
         return manifest
+
+    def _is_reported(
+        self, manifest: Manifest, keys: Mapping[str, str], stages: Sequence[Stage]
+    ) -> bool:
+        """Whether all is done and told; a kill may come between the last stage and the report."""
+        if not all(manifest.stage(stage.name, keys[stage.name]) for stage in stages):
+            return False
+        if not self.folder.report.is_file():
+            return False
+        report = json.loads(self.folder.report.read_text(encoding="utf-8"))
+        told = {stage.name for stage in stages} <= report["stages"].keys()
+        return told and bool(report["keys"] == dict(keys))
 
     def _write_json(self, path: Path, value: object) -> None:
         replace_file(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())

@@ -26,11 +26,14 @@ class Task:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
+Rows = Mapping[str, Sequence[Record]]  # by table
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """Rows by table that become one shard; `part` numbers them where a task streams several."""
 
-    rows: Mapping[str, Sequence[Record]]
+    rows: Rows
     counts: Counts
     tokens: int = 0
     part: int | None = None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from stillhouse.configs.stages import TrainConfig
 from stillhouse.errors import TrainingError
-from stillhouse.pipelines.stage import Outcome, Part
+from stillhouse.pipelines.stage import Outcome, Part, Rows
 from stillhouse.pipelines.stage_run import StageRun
 from stillhouse.storage.manifest import Counts
 from stillhouse.storage.records import ExampleRecord, TrainStepRecord
@@ -29,7 +29,7 @@ def train(
     if not examples:
         raise TrainingError(
             f"{run.stage}: expected training examples, found none; look at what was rejected: "
-            "`stillhouse query RUN \"SELECT _stage, reason, count(*) FROM corpus GROUP BY ALL\"`"
+            '`stillhouse query RUN "SELECT _stage, reason, count(*) FROM corpus GROUP BY ALL"`'
         )
     job = TrainJob(model, examples, config, folder or run.directory)
 
@@ -40,7 +40,7 @@ def train(
         run.observer.metric(run.stage, "gradient_norm", step.gradient_norm, step.step)
 
     outcome = run.workers.train(job, on_step)
-    rows = {
+    rows: Rows = {
         "train_steps": [_step(run.stage, step) for step in outcome.steps],
         "examples": [_example(run.stage, example, outcome) for example in examples],
     }

@@ -138,7 +138,7 @@ class TrainJob:
 
 @dataclass(frozen=True, slots=True)
 class TrainOutcome:
-    """The adapter's folder, every step from the first, and each example left out with its reason."""
+    """The adapter's folder, every step from the first, and why examples were left out."""
 
     adapter: Path
     steps: tuple[TrainStep, ...]

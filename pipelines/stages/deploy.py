@@ -85,9 +85,7 @@ def _replay(run: StageRun) -> Part:
     with run.catalog() as catalog:
         rows = catalog.rows(EXPECTED, [run.recipe.deploy.questions])
     config = run.recipe.evaluate
-    how = Decoding(
-        config.max_new_tokens, stop=config.stop, batch_size=run.recipe.deploy.batch_size
-    )
+    how = Decoding(config.max_new_tokens, stop=config.stop, batch_size=run.recipe.deploy.batch_size)
     copy = run.workers.model(ModelSpec(str(_model_folder(run))))
     answers = copy.answer([rendered for _, rendered, _ in rows], how)
     records = [

@@ -19,6 +19,8 @@ from stillhouse.pipelines.training import train
 from stillhouse.storage.records import QuestionRecord
 from stillhouse.workers.protocols import ModelSpec
 
+Arms = Mapping[str, Mapping[str, float | int]]  # figures by arm
+
 
 class EvaluateStage(Stage):
     """`evaluations`: one row an arm and question."""
@@ -59,7 +61,7 @@ class EvaluateStage(Stage):
 
     def finish(self, run: StageRun) -> Outcome:
         with run.catalog() as catalog:
-            arms = {arm: summary(catalog, arm) for arm in run.recipe.evaluate.arms}
+            arms: Arms = {arm: summary(catalog, arm) for arm in run.recipe.evaluate.arms}
         recovered = recovery(arms)
         verdict = gate(run.recipe.evaluate.gate, arms, recovered)
         for arm, figures in arms.items():
@@ -86,11 +88,10 @@ def _model_of(run: StageRun, arm: str) -> ModelSpec:
 def _train_ceiling(run: StageRun) -> Part:
     target = ModelSpec(run.recipe.models.target)
     examples = private_examples(run.recipe)
-    part = train(run, target, examples, run.recipe.distill, run.directory / "ceiling")
-    return part
+    return train(run, target, examples, run.recipe.distill, run.directory / "ceiling")
 
 
-def recovery(arms: Mapping[str, Mapping[str, float | int]]) -> float | None:
+def recovery(arms: Arms) -> float | None:
     """(student - target before) / (specialist - target before) in exact match.
 
     None where an arm is missing or the specialist is no better than the untouched target.
@@ -103,9 +104,7 @@ def recovery(arms: Mapping[str, Mapping[str, float | int]]) -> float | None:
     return gained / possible if possible > 0 else None
 
 
-def gate(
-    config: GateConfig, arms: Mapping[str, Mapping[str, float | int]], recovered: float | None
-) -> dict[str, Any]:
+def gate(config: GateConfig, arms: Arms, recovered: float | None) -> dict[str, Any]:
     """The verdict on the student and, where it fails, the reason with its numbers."""
     reasons = []
     if config.min_recovery is not None and (recovered is None or recovered < config.min_recovery):

@@ -10,7 +10,7 @@ from stillhouse.configs.base import keyed_values
 from stillhouse.configs.recipe import RecipeConfig
 from stillhouse.pipelines.proposals import Proposal, Seed, few_shot, mutate
 from stillhouse.pipelines.selection import judge, selection_counts
-from stillhouse.pipelines.stage import Outcome, Part, Stage, Task
+from stillhouse.pipelines.stage import Outcome, Part, Rows, Stage, Task
 from stillhouse.pipelines.stage_run import StageRun
 from stillhouse.pipelines.stages.score import pair_refs, score
 from stillhouse.pipelines.text import normalise, render, split_of
@@ -193,7 +193,7 @@ def _score(run: StageRun, task: Task) -> Part:
     prompts = [row for row in run.rows(task.inputs, PromptRecord) if row.status == "kept"]
     scored = score(run, prompts)
     counts = Counts(rejected=scored.count("rejected"), failed=scored.count("failed"))
-    rows = {"completions": scored.completions, "scores": scored.scores}
+    rows: Rows = {"completions": scored.completions, "scores": scored.scores}
     return Part(rows, counts, scored.tokens)
 
 

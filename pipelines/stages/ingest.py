@@ -80,7 +80,7 @@ class IngestStage(Stage):
             empty = "the prompt pool" if not prompts else "the questions"
             raise SourceError(
                 f"ingest: expected at least one usable row in {empty}, found none; look at "
-                "`stillhouse query RUN \"SELECT reason, count(*) FROM raw GROUP BY 1\"`"
+                '`stillhouse query RUN "SELECT reason, count(*) FROM raw GROUP BY 1"`'
             )
         origins = {origin: {"rows": rows, "kept": kept} for origin, rows, kept in by_origin}
         return Outcome(facts={"prompts": prompts, "questions": questions, "origins": origins})

@@ -5,14 +5,14 @@ from typing import ClassVar
 
 from stillhouse.configs.recipe import RecipeConfig
 from stillhouse.pipelines.scoring import Scored, score_prompts
-from stillhouse.pipelines.stage import Outcome, Part, Stage, Task
+from stillhouse.pipelines.stage import Outcome, Part, Rows, Stage, Task
 from stillhouse.pipelines.stage_run import StageRun
 from stillhouse.storage.manifest import Counts
 from stillhouse.storage.records import PromptRecord
 
 
 class ScoreStage(Stage):
-    """`completions` and `scores`: numbers only, no decision (TuneShift-KD, arXiv:2603.24518, §3)."""
+    """`completions` and `scores`: numbers, no decision (TuneShift-KD, arXiv:2603.24518, §3)."""
 
     name: ClassVar[str] = "score"
     after: ClassVar[tuple[str, ...]] = ("ingest", "specialize")
@@ -63,5 +63,5 @@ def scored_part(scored: Scored) -> Part:
         rejected=scored.count("rejected"),
         failed=scored.count("failed"),
     )
-    rows = {"completions": scored.completions, "scores": scored.scores}
+    rows: Rows = {"completions": scored.completions, "scores": scored.scores}
     return Part(rows, counts, scored.tokens)
