@@ -110,7 +110,9 @@ def trace(
 
 
 @app.command()
-def doctor(recipe: Annotated[str, typer.Argument(help="The recipe to check for.")] = "demo") -> None:
+def doctor(
+    recipe: Annotated[str, typer.Argument(help="The recipe to check for.")] = "demo",
+) -> None:
     """Check this machine: packages, models, space, threads."""
     from stillhouse.cli.tables import show_checks
     from stillhouse.pipelines.diagnosis import diagnose

@@ -4,6 +4,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console as Terminal
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,

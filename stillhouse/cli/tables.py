@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console as Terminal
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from stillhouse.pipelines.diagnosis import Check
 from stillhouse.pipelines.estimates import Estimate
@@ -33,6 +35,7 @@ def show_report(report: Mapping[str, Any], folder: Path) -> None:
         f"Everything: {folder}/report.json\n"
         f'Look inside: stillhouse query {folder.name} "SELECT * FROM corpus LIMIT 5"',
         highlight=False,
+        markup=False,
     )
 
 
@@ -125,10 +128,10 @@ def show_status(status: RunStatus) -> None:
 
 def show_rows(names: Sequence[str], rows: Iterable[Sequence[Any]], limit: int) -> None:
     """Print a query's first rows."""
-    table = Table(*names)
+    table = Table(*(Text(name) for name in names))
     found = list(islice(rows, limit + 1))
     for row in found[:limit]:
-        table.add_row(*(_cell(value) for value in row))
+        table.add_row(*(Text(_cell(value)) for value in row))  # text, else [x] is markup
     terminal = Terminal()
     terminal.print(table)
     if len(found) > limit:
@@ -159,7 +162,7 @@ def show_checks(checks: Iterable[Check]) -> bool:
     for check in checks:
         sound &= check.passed
         mark = "[green]✓[/green]" if check.passed else "[red]✗[/red]"
-        terminal.print(f"{mark} {check.name}: {check.found}", highlight=False)
+        terminal.print(f"{mark} {escape(f'{check.name}: {check.found}')}", highlight=False)
         if not check.passed:
-            terminal.print(f"    {check.cure}", highlight=False)
+            terminal.print(f"    {check.cure}", highlight=False, markup=False)
     return sound
