@@ -51,7 +51,7 @@ class Console(Observer):
         self._progress.stop()
 
     def note(self, text: str) -> None:
-        self._terminal.print(f"[yellow]•[/yellow] {text}", highlight=False, soft_wrap=True)
+        self._terminal.print(f"[yellow]•[/yellow] {escape(text)}", highlight=False, soft_wrap=True)
 
     def stage_cached(self, entry: StageEntry) -> None:
         self._line("[dim]=[/dim]", entry, "finished before, reused")
