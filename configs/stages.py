@@ -62,7 +62,9 @@ class ExpandConfig(Config):
 
     rounds: int = Field(2, ge=0)
     prompts_per_round: int = Field(64, ge=1)
-    generators: tuple[Literal["few_shot", "mutate"], ...] = ("few_shot", "mutate")
+    generators: tuple[Literal["few_shot", "mutate"], ...] = Field(
+        ("few_shot", "mutate"), min_length=1
+    )  # each makes an equal share of a round
     shots: int = Field(6, ge=1)
     temperature: float = Field(0.9, gt=0)
     max_new_tokens: int = Field(32, ge=1)
