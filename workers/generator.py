@@ -6,7 +6,7 @@ Shape letters: B rows of a batch, T positions, V vocabulary.
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -87,8 +87,8 @@ def _generate_batch(
         )
     new_BT = output_BT[:, batch.ids.shape[1] :].tolist()
     return [
-        _completion(lm, ids, ended, how.stop)
-        for ids, ended in zip(new_BT, end.ended_at, strict=True)
+        _completion(lm, ids, ended, how.stop, len(row))
+        for ids, ended, row in zip(new_BT, end.ended_at, rows, strict=True)
     ]
 
 
@@ -116,7 +116,7 @@ def _no_inherited_decoding(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _completion(
-    lm: LanguageModel, ids: Sequence[int], ended: int | None, stop: Sequence[str]
+    lm: LanguageModel, ids: Sequence[int], ended: int | None, stop: Sequence[str], prompt: int
 ) -> Completion:
     kept = list(ids[: ended if ended is not None else len(ids)])
     tokens = len(kept)
@@ -124,7 +124,8 @@ def _completion(
         kept.pop()
     text = lm.decode(kept)
     cut = min((at for mark in stop if (at := text.find(mark)) >= 0), default=len(text))
-    return Completion(text[:cut].strip(), "length" if ended is None else "stop", tokens)
+    finish: Literal["stop", "length"] = "length" if ended is None else "stop"
+    return Completion(text[:cut].strip(), finish, tokens, prompt)
 
 
 class _EndOfAnswer(StoppingCriteria):

@@ -58,7 +58,8 @@ def _score_batch(
     start = 0
     for index, row in members:
         end = start + row.targets
-        yield index, ResponseLogp(list(row.ids[-row.targets :]), logp[start:end])
+        response = list(row.ids[-row.targets :])
+        yield index, ResponseLogp(response, logp[start:end], len(row.ids) - row.targets)
         start = end
 
 
@@ -87,4 +88,5 @@ def _joined(specialist: ResponseLogp | Failed, base: ResponseLogp | Failed) -> P
         return base
     if specialist.token_ids != base.token_ids:
         return Failed("tokenizers_differ: specialist and base cut the response differently")
-    return PairLogp(specialist.token_ids, specialist.logp, base.logp)
+    prompt = specialist.prompt_tokens
+    return PairLogp(specialist.token_ids, specialist.logp, base.logp, prompt)

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from stillhouse.configs.stages import CompressConfig
 from stillhouse.workers.folders import atomic_folder, sha256_of, write_json
@@ -158,14 +159,16 @@ class _ScriptedModel:
         words = said[:cut].split(" ")
         kept = words[: how.max_new_tokens]
         ended = len(words) == len(kept)
-        return Completion(" ".join(kept).strip(), "stop" if ended else "length", len(kept))
+        finish: Literal["stop", "length"] = "stop" if ended else "length"
+        return Completion(" ".join(kept).strip(), finish, len(kept), len(prompt.split()))
 
     def _logp(self, pair: Pair) -> ResponseLogp | Failed:
         words = pair.response.split()
         if not words:
             return Failed("empty_response: no token to score")
         value = self._invented_logp(pair) if self.script.logp is None else self.script.logp(pair)
-        return ResponseLogp([_hash(word) % 50_000 for word in words], [value] * len(words))
+        token_ids = [_hash(word) % 50_000 for word in words]
+        return ResponseLogp(token_ids, [value] * len(words), len(pair.prompt.split()))
 
     def _invented_logp(self, pair: Pair) -> float:
         return -(1 + _hash(f"{self.name}\x1f{pair.prompt}\x1f{pair.response}") % 1000) / 250
@@ -192,7 +195,7 @@ class _ScriptedPair:
             self.specialist.logp(pairs, batch_size), self.base.logp(pairs, batch_size), strict=True
         )
         return [
-            PairLogp(on.token_ids, on.logp, off.logp)
+            PairLogp(on.token_ids, on.logp, off.logp, on.prompt_tokens)
             if isinstance(on, ResponseLogp) and isinstance(off, ResponseLogp)
             else Failed("empty_response: no token to score")
             for on, off in both

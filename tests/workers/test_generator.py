@@ -99,7 +99,7 @@ def test_eos_ends_an_answer_and_is_not_in_it(llama):
     with torch.no_grad():
         next_id = int(llama.model(torch.tensor([llama.encode_prompt("a")])).logits[0, -1].argmax())
     ending = dataclasses.replace(llama, eos_ids=(next_id,))
-    assert generate(ending, ["a"], Decoding(max_new_tokens=5)) == [Completion("", "stop", 1)]
+    assert generate(ending, ["a"], Decoding(max_new_tokens=5)) == [Completion("", "stop", 1, 1)]
 
 
 def test_length_is_said_when_nothing_ended_the_answer(llama):
@@ -128,3 +128,13 @@ def test_no_prompts_no_answers(llama):
 def test_the_models_own_generation_defaults_stay_with_the_model(llama):
     generate(llama, ["a"], Decoding(max_new_tokens=2))
     assert llama.model.generation_config.repetition_penalty == 9.0
+
+
+def test_only_the_last_position_of_a_prompt_is_projected(lm):
+    widths = []
+    hook = lm.model.lm_head.register_forward_hook(lambda *call: widths.append(call[1][0].shape[1]))
+    try:
+        generate(lm, ["a prompt", "b"], Decoding(max_new_tokens=3))
+    finally:
+        hook.remove()
+    assert set(widths) == {1}

@@ -32,8 +32,8 @@ def workers():
 
 def test_answers_come_from_the_script(workers):
     assert workers.model(BASE).answer(["a", "long", "bad"], HOW) == [
-        Completion("A1", "stop", 1),
-        Completion("1 2 3", "length", 3),
+        Completion("A1", "stop", 1, 1),
+        Completion("1 2 3", "length", 3, 1),
         Failed("no"),
     ]
     assert workers.calls == {"answer": 3}
@@ -48,8 +48,8 @@ def test_an_unknown_prompt_or_model_is_an_error(workers):
 
 def test_the_adapter_has_a_script_of_its_own(workers, tmp_path):
     pair = workers.pair(ModelSpec("base", tmp_path), BASE)
-    assert pair.answer(["x"], HOW) == [Completion("X", "stop", 1)]
-    assert pair.propose(["a"], HOW) == [Completion("A1", "stop", 1)]
+    assert pair.answer(["x"], HOW) == [Completion("X", "stop", 1, 1)]
+    assert pair.propose(["a"], HOW) == [Completion("A1", "stop", 1, 1)]
     scored, empty = pair.score([Pair("a", "b c"), Pair("a", " ")], 4)
     assert scored.logp_specialist == [-0.5, -0.5]
     assert len(scored.logp_base) == len(scored.token_ids) == 2
