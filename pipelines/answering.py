@@ -49,9 +49,19 @@ def answer_questions(
     ]
     failed = sum(row.status == "failed" for row in rows)
     counts = Counts(rows_in=len(rows), kept=len(rows) - failed, failed=failed)
-    tokens = sum(answer.tokens for answer in answers if isinstance(answer, Completion))
-    tokens += sum(len(logp.token_ids) for logp in logps if isinstance(logp, ResponseLogp))
-    return Part({"evaluations": rows}, counts, tokens)
+    return Part({"evaluations": rows}, counts, _tokens(answers, logps))
+
+
+def _tokens(answers: Sequence[Completion | Failed], logps: Sequence[ResponseLogp | Failed]) -> int:
+    scored = (logp for logp in logps if isinstance(logp, ResponseLogp))
+    total = sum(logp.prompt_tokens + len(logp.token_ids) for logp in scored)
+    return total + answer_tokens(answers)
+
+
+def answer_tokens(answers: Sequence[Completion | Failed]) -> int:
+    """Tokens that went through the model to answer."""
+    made = (answer for answer in answers if isinstance(answer, Completion))
+    return sum(answer.prompt_tokens + answer.tokens for answer in made)
 
 
 def _evaluation(

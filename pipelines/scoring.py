@@ -54,10 +54,9 @@ def score_prompts(
     logps = worker.score(pairs, config.batch_size)
     for (completion, prompt), logp in zip(answered, logps, strict=True):
         scores.append(_score(completion, prompt, logp))
-    generated = sum(answer.tokens for answer in answers if isinstance(answer, Completion))
     order = {prompt.prompt_id: index for index, prompt in enumerate(prompts)}
     scores.sort(key=lambda score: order[score.prompt_id])
-    return Scored([completion for completion, _ in answered], scores, generated + _total(logps))
+    return Scored([completion for completion, _ in answered], scores, _tokens(answers, logps))
 
 
 def _completion(prompt: PromptRecord, answer: Completion) -> CompletionRecord:
@@ -105,5 +104,9 @@ def _unscored(prompt: PromptRecord, status: Status, reason: str) -> ScoreRecord:
     )
 
 
-def _total(logps: Iterable[PairLogp | Failed]) -> int:
-    return sum(len(logp.token_ids) for logp in logps if isinstance(logp, PairLogp))
+def _tokens(answers: Iterable[Completion | Failed], logps: Iterable[PairLogp | Failed]) -> int:
+    """Tokens that went through a model: once to answer, twice to score."""
+    made = (answer for answer in answers if isinstance(answer, Completion))
+    scored = (logp for logp in logps if isinstance(logp, PairLogp))
+    total = sum(answer.prompt_tokens + answer.tokens for answer in made)
+    return total + 2 * sum(logp.prompt_tokens + len(logp.token_ids) for logp in scored)

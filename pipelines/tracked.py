@@ -121,7 +121,7 @@ class TrackingObserver(Observer):
         return tables
 
     def _dataset(self, entry: StageEntry, table: str, files: list[FileEntry]) -> dict[str, Any]:
-        stages = {stage.name: stage for stage in chain(self._recipe)}
+        parents = next(s.after for s in chain(self._recipe) if s.name == entry.stage)
         digest = hashlib.sha256("".join(file.sha256 for file in files).encode()).hexdigest()
         path = self._folder.stage_dir(entry.stage, entry.key) / table
         return {
@@ -130,8 +130,13 @@ class TrackingObserver(Observer):
             "digest": digest[:16],
             "rows": sum(file.rows for file in files),
             "source": f"stage {entry.stage}, key {entry.key}",
-            "parents": list(stages[entry.stage].after),
+            "parents": [name for parent in parents for name in self._names(parent)],
         }
+
+    def _names(self, stage: str) -> list[str]:
+        """Names of the data sets a stage wrote, as `_dataset` names them."""
+        history = Manifest(self._folder).stages_history(stage)
+        return [f"{stage}.{table}" for table in self._tables(history[-1])] if history else []
 
     def _register(self, entry: StageEntry) -> None:
         facts = entry.facts

@@ -39,6 +39,7 @@ class Completion:
     text: str
     finish: Literal["stop", "length"]
     tokens: int  # generated
+    prompt_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class ResponseLogp:
 
     token_ids: list[int]
     logp: list[float]
+    prompt_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ class PairLogp:
     token_ids: list[int]
     logp_specialist: list[float]
     logp_base: list[float]
+    prompt_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

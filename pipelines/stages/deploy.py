@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from stillhouse.configs.recipe import RecipeConfig
+from stillhouse.pipelines.answering import answer_tokens
 from stillhouse.pipelines.stage import Outcome, Part, Stage, Task
 from stillhouse.pipelines.stage_run import StageRun
 from stillhouse.storage.manifest import Counts, FileEntry
@@ -99,8 +100,7 @@ def _replay(run: StageRun) -> Part:
         rejected=statuses.count("rejected"),
         failed=statuses.count("failed"),
     )
-    tokens = sum(answer.tokens for answer in answers if isinstance(answer, Completion))
-    return Part({"deployments": records}, counts, tokens)
+    return Part({"deployments": records}, counts, answer_tokens(answers))
 
 
 def _record(question_id: str, expected: str, answer: Completion | Failed) -> DeploymentRecord:

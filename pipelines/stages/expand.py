@@ -137,7 +137,7 @@ def _continue(
         if isinstance(answer, Failed):
             proposals.append(answer)
             continue
-        tokens += answer.tokens
+        tokens += answer.prompt_tokens + answer.tokens
         cut = answer.finish == "length"
         proposals.append(
             Failed("truncated") if cut else Proposal(shots.parent_id, answer.text.lstrip("- "))

@@ -128,7 +128,9 @@ def show_status(status: RunStatus) -> None:
 
 def show_rows(names: Sequence[str], rows: Iterable[Sequence[Any]], limit: int) -> None:
     """Print a query's first rows."""
-    table = Table(*(Text(name) for name in names))
+    table = Table()
+    for name in names:
+        table.add_column(Text(name))
     found = list(islice(rows, limit + 1))
     for row in found[:limit]:
         table.add_row(*(Text(_cell(value)) for value in row))  # text, else [x] is markup
