@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from stillhouse.configs.base import Config
 
@@ -33,6 +33,16 @@ class TemplateConfig(Config):
 
     prompt: str = "{text}"
     response: str = " {text}"
+
+    @field_validator("prompt", "response")
+    @classmethod
+    def _text_has_a_place(cls, template: str, info: ValidationInfo) -> str:
+        if "{text}" not in template:
+            raise ValueError(
+                f"data.template.{info.field_name}: expected `{{text}}` in it, because without it "
+                f"all texts become the same; found {template!r}"
+            )
+        return template
 
 
 class DataConfig(Config):

@@ -206,6 +206,7 @@ class _LoadedModels:
     def codec(self, ref: str) -> "TextCodec":
         """A model's tokenizer, without its weights."""
         if ref not in self._codecs:
+            _silence_progress_bars()
             from stillhouse.workers.models.language_model import load_codec
 
             self._codecs[ref] = load_codec(self._store, ref)
@@ -216,9 +217,8 @@ class _LoadedModels:
         if self._device is None:
             import torch
             from torch.utils import deterministic
-            from transformers.utils import logging
 
-            logging.disable_progress_bar()
+            _silence_progress_bars()
             self._device = "cuda" if torch.cuda.is_available() else "cpu"
             if self._threads or "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(self._threads or len(os.sched_getaffinity(0)))
@@ -227,6 +227,13 @@ class _LoadedModels:
                 # Filling every fresh tensor with NaN finds bugs and costs a pass over memory.
                 deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         return self._device
+
+
+def _silence_progress_bars() -> None:
+    """The run has a display of its own; two on one terminal garble each other."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _cache_factory(

@@ -69,3 +69,9 @@ def test_the_student_is_always_evaluated(tree: dict[str, Any]) -> None:
     message = refused(tree)
     assert message.startswith("evaluate.arms: `student` is needed")
     assert "`deploy` compares the exported copy" in message
+
+
+@pytest.mark.parametrize("part", ["prompt", "response"])
+def test_a_template_has_a_place_for_the_text(tree: dict[str, Any], part: str) -> None:
+    tree["data"]["template"] = {part: "Diagnosis: {txt}"}
+    assert f"data.template.{part}: expected `{{text}}` in it, because" in refused(tree)
