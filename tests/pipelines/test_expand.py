@@ -1,0 +1,118 @@
+"""Rounds of new prompts on scripted models: judged, scored, selected, accounted for."""
+
+from typing import Any
+
+import pytest
+
+from stillhouse.workers.protocols import Failed
+from stillhouse.workers.scripted import Script
+from tests.pipelines.conftest import Line, scripts
+
+
+@pytest.fixture
+def asked(line: Line) -> Line:
+    line.questions(**{"What is asked": "A"})
+    line.tree["expand"] = {"rounds": 2, "prompts_per_round": 8}
+    return line
+
+
+def proposals(line: Line, generator: str) -> list[tuple[Any, ...]]:
+    line.run("expand")
+    return line.rows(
+        "SELECT round, text, status, reason, parent_id IS NOT NULL FROM prompts "
+        f"WHERE origin = '{generator}' ORDER BY round, locator"
+    )
+
+
+def says(line: Line, *texts: str | Failed) -> None:
+    """What the base continues a list with, in turn."""
+    turn = iter(texts * 100)
+    made = scripts()
+    answers = made["base"].answers
+
+    def answer(prompt: str) -> str | Failed:
+        return next(turn) if prompt.startswith("More of the same kind") else answers(prompt)  # type: ignore[operator]
+
+    made["base"] = Script(answer, made["base"].logp)
+    line.workers.scripts = made
+
+
+def test_a_proposal_is_new_once(asked: Line) -> None:
+    asked.tree["expand"] |= {"generators": ["few_shot"], "prompts_per_round": 4, "rounds": 1}
+    asked.pool("seed, one", "seed, two")
+    says(asked, " fresh, thing", "fresh,  thing", "What is asked", "seed, one")
+    assert proposals(asked, "few_shot") == [
+        (1, "fresh, thing", "kept", None, True),
+        (1, "fresh, thing", "rejected", "duplicate", True),
+        (1, "What is asked", "rejected", "overlaps_evaluation", True),
+        (1, "seed, one", "rejected", "duplicate", True),
+    ]
+
+
+def test_a_cut_or_failed_or_empty_proposal(asked: Line) -> None:
+    asked.tree["expand"] |= {
+        "generators": ["few_shot"],
+        "prompts_per_round": 3,
+        "rounds": 1,
+        "max_new_tokens": 3,
+    }
+    asked.pool("seed, one")
+    says(asked, "four words are cut", Failed("engine: died"), "\nafter a line")
+    assert [row[2:4] for row in proposals(asked, "few_shot")] == [
+        ("failed", "truncated"),
+        ("failed", "engine: died"),
+        ("rejected", "empty"),
+    ]
+    assert asked.entry("expand").counts.failed == 2
+
+
+def test_a_round_grows_on_the_one_before(asked: Line) -> None:
+    asked.tree["expand"] |= {"generators": ["few_shot"], "prompts_per_round": 2}
+    asked.pool("seed, one")
+    says(asked, "first new", "second new", "third new", "fourth new")
+    rows = proposals(asked, "few_shot")
+    assert [row[0] for row in rows] == [1, 1, 2, 2]
+    parents = asked.rows(
+        "SELECT DISTINCT p.round FROM prompts c JOIN prompts p ON c.parent_id = p.prompt_id "
+        "WHERE c.round = 2"
+    )
+    assert {number for (number,) in parents} <= {0, 1}
+    assert asked.entry("expand").facts["rounds"] == [
+        {"round": 1, "generator": "few_shot", "proposed": 2, "kept": 2},
+        {"round": 2, "generator": "few_shot", "proposed": 2, "kept": 2},
+    ]
+
+
+def test_every_proposal_is_accounted_for(asked: Line) -> None:
+    asked.pool(*(f"part{n}, rest{n}" for n in range(9)), "common, one")
+    asked.run("expand")
+    counts = asked.entry("expand").counts
+    [(proposed,)] = asked.rows("SELECT count(*) FROM prompts WHERE round > 0")
+    [(kept,)] = asked.rows("SELECT count(*) FROM selections WHERE round > 0 AND status = 'kept'")
+    assert (counts.rows_in, counts.kept) == (proposed, kept)
+    assert kept > 0
+
+
+def test_without_seeds_nothing_is_made(asked: Line) -> None:
+    asked.pool("common ground")  # the base knows it: nothing is selected
+    asked.run("expand")
+    assert asked.entry("expand").counts.rows_in == 0
+    assert asked.rows("SELECT count(*) FROM prompts WHERE round > 0") == [(0,)]
+
+
+def test_no_rounds(asked: Line) -> None:
+    asked.tree["expand"] = {"rounds": 0}
+    asked.pool("seed, one")
+    asked.run("expand")
+    assert asked.entry("expand").counts.rows_in == 0
+
+
+def test_a_heldout_prompt_is_no_seed(asked: Line) -> None:
+    asked.tree["data"]["heldout_percent"] = 50
+    asked.tree["expand"] |= {"rounds": 1}
+    asked.pool(*(f"part{n}, rest{n}" for n in range(20)))
+    asked.run("expand")
+    parents = asked.rows(
+        "SELECT DISTINCT p.split FROM prompts c JOIN prompts p ON c.parent_id = p.prompt_id"
+    )
+    assert parents == [("train",)]

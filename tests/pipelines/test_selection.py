@@ -1,0 +1,139 @@
+"""The selection query on scores made by hand."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from stillhouse.pipelines.selection import judge
+from stillhouse.storage.records import CompletionRecord, ScoreRecord
+from tests.pipelines.conftest import Line
+
+TAU = 1.5
+THRESHOLD = math.log(TAU)
+
+
+def score(
+    name: str, gap: float, confidence: float = -1.0, status: str = "kept", round_: int = 0
+) -> ScoreRecord:
+    logp = [confidence]
+    return ScoreRecord(
+        completion_id=name,
+        prompt_id=f"prompt {name}",
+        round=round_,
+        token_ids=[1],
+        logp_specialist=logp,
+        logp_base=logp,
+        gap=gap,
+        confidence=confidence,
+        status=status,  # type: ignore[arg-type]
+        reason=None if status == "kept" else "empty_answer",
+    )
+
+
+def verdicts(
+    line: Line,
+    scores: list[ScoreRecord],
+    answers: dict[str, str] | None = None,
+    finish: dict[str, str] | None = None,
+    round_: int = 0,
+    **select,
+) -> dict[str, str | None]:
+    """Commit scores, select, and return the reason against each (None: kept)."""
+    line.tree["select"] = {"tau": TAU, **select}
+    completions = [
+        CompletionRecord(
+            completion_id=item.completion_id,
+            prompt_id=item.prompt_id,
+            text=(answers or {}).get(item.completion_id, f"answer {item.completion_id}"),
+            finish=(finish or {}).get(item.completion_id, "stop"),
+            round=item.round,
+        )
+        for item in scores
+        if item.completion_id is not None
+    ]
+    line.commit("score", "00000", scores=scores, completions=completions)
+    rows = [row for part in judge(line.stage("select"), round_) for row in part]
+    assert [row.completion_id for row in rows] == sorted(row.completion_id for row in rows)
+    assert all((row.status == "kept") == (row.reason is None) for row in rows)
+    return {row.completion_id: row.reason for row in rows}
+
+
+def test_the_threshold_is_the_logarithm_of_tau(line: Line) -> None:
+    below, above = (math.nextafter(THRESHOLD, side) for side in (-math.inf, math.inf))
+    scores = [score("a", THRESHOLD), score("b", below), score("c", above), score("d", -3.0)]
+    assert verdicts(line, scores) == {
+        "a": None,
+        "b": "below_threshold",
+        "c": None,
+        "d": "below_threshold",
+    }
+
+
+def test_confidence(line: Line) -> None:
+    scores = [score("a", 9, -2.0), score("b", 9, -2.001), score("c", 0, -9)]
+    assert verdicts(line, scores, min_confidence=-2.0) == {
+        "a": None,
+        "b": "low_confidence",
+        "c": "below_threshold",  # the first objection is the one that is told
+    }
+
+
+def test_a_cut_answer_is_not_one(line: Line) -> None:
+    assert verdicts(line, [score("a", 9)], finish={"a": "length"}) == {"a": "truncated"}
+
+
+def test_the_quota_of_an_answer_goes_to_the_widest_gaps(line: Line) -> None:
+    scores = [score("a", 1.0), score("b", 3.0), score("c", 2.0), score("d", 1.0), score("e", 0.0)]
+    answers = {"a": "X", "b": "X", "c": "X", "d": "Y", "e": "X"}
+    assert verdicts(line, scores, answers, max_per_answer=2) == {
+        "a": "over_answer_quota",
+        "b": None,
+        "c": None,
+        "d": None,
+        "e": "below_threshold",
+    }
+
+
+def test_the_budget_goes_to_the_widest_gaps_and_ties_to_the_lower_id(line: Line) -> None:
+    scores = [score("d", 2.0), score("b", 1.0), score("c", 1.0), score("a", 1.0), score("e", 0.1)]
+    assert verdicts(line, scores, budget=3) == {
+        "a": None,
+        "b": None,
+        "c": "over_budget",
+        "d": None,
+        "e": "below_threshold",
+    }
+
+
+def test_what_the_quota_takes_away_leaves_its_place_in_the_budget(line: Line) -> None:
+    scores = [score("a", 3.0), score("b", 2.0), score("c", 1.0)]
+    answers = {"a": "X", "b": "X", "c": "Y"}
+    assert verdicts(line, scores, answers, max_per_answer=1, budget=2) == {
+        "a": None,
+        "b": "over_answer_quota",
+        "c": None,
+    }
+
+
+def test_the_budget_is_for_the_pool(line: Line) -> None:
+    scores = [score("a", 3.0, round_=1), score("b", 2.0, round_=1), score("c", 2.0)]
+    assert verdicts(line, scores, budget=1, round_=1) == {"a": None, "b": None}
+
+
+def test_unscored_prompts_are_no_candidates(line: Line) -> None:
+    failed = replace(score("b", 9.0, status="failed"), completion_id=None, gap=None)
+    assert verdicts(line, [score("a", 9.0), failed]) == {"a": None}
+
+
+def test_the_order_of_rows_and_shards_changes_nothing(line: Line) -> None:
+    scores = [score(name, gap) for name, gap in zip("abcdef", (1, 2, 1, 2, 1, 2), strict=True)]
+    assert verdicts(line, scores, budget=4) == verdicts(line, scores[::-1], budget=4)
+
+
+@pytest.mark.parametrize("count", [3, 4, 5, 9])
+def test_verdicts_come_in_shards(line: Line, count: int) -> None:
+    assert len(verdicts(line, [score(f"{n}", 9.0) for n in range(count)])) == count
+    parts = [len(part) for part in judge(line.stage("select"), 0)]
+    assert sum(parts) == count
+    assert all(size == 4 for size in parts[:-1])
