@@ -24,7 +24,7 @@ class Console(Observer):
     """Prints what a run does. Use it in a `with` block."""
 
     def __init__(self) -> None:
-        self._terminal = Terminal(stderr=True)
+        self._terminal = Terminal(stderr=True, emoji=False)
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description:<10}"),

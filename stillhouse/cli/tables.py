@@ -26,7 +26,7 @@ ARMS = {
 
 def show_report(report: Mapping[str, Any], folder: Path) -> None:
     """Print the result table of a run."""
-    terminal = Terminal()
+    terminal = Terminal(emoji=False)  # else toy:llama: becomes an animal
     if "accuracy" in report:
         terminal.print(_arms(report))
         terminal.print(_summary(report), highlight=False)
@@ -104,7 +104,7 @@ def show_plan(stages: Sequence[StagePlan]) -> None:
     minutes = sum(cost.seconds for cost in costs) / 60
     tokens, size = sum(cost.tokens for cost in costs), sum(cost.bytes for cost in costs) / 1e6
     table.add_row("all", "", "", "", f"{tokens:,}", f"{minutes:.1f}", f"{size:,.1f}", style="bold")
-    Terminal().print(table)
+    Terminal(emoji=False).print(table)
 
 
 def _costs(cost: Estimate | None) -> tuple[str, ...]:
@@ -120,7 +120,7 @@ def _costs(cost: Estimate | None) -> tuple[str, ...]:
 
 def show_status(status: RunStatus) -> None:
     """Print how far a run is."""
-    terminal = Terminal()
+    terminal = Terminal(emoji=False)
     terminal.print(f"{status.name}: {status.holder or 'nobody runs it now'}", highlight=False)
     for stage in status.stages:
         terminal.print(f"  {stage.stage:<10} {stage.state:<8} {stage.why}", highlight=False)
@@ -134,7 +134,7 @@ def show_rows(names: Sequence[str], rows: Iterable[Sequence[Any]], limit: int) -
     found = list(islice(rows, limit + 1))
     for row in found[:limit]:
         table.add_row(*(Text(_cell(value)) for value in row))  # text, else [x] is markup
-    terminal = Terminal()
+    terminal = Terminal(emoji=False)
     terminal.print(table)
     if len(found) > limit:
         terminal.print(f"… more than {limit} rows; --limit prints more", style="dim")
@@ -148,7 +148,7 @@ def _cell(value: object) -> str:
 
 def show_trace(steps: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
     """Print the rows of one datum, in the order of the line."""
-    terminal = Terminal()
+    terminal = Terminal(emoji=False)
     for table, row in steps:
         verdict = row.get("reason") or row.get("status") or ""
         terminal.print(f"{row['_stage']}: {table}  {verdict}", style="bold", markup=False)
@@ -159,7 +159,7 @@ def show_trace(steps: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
 
 def show_checks(checks: Iterable[Check]) -> bool:
     """Print what was checked; True when nothing is missing."""
-    terminal = Terminal()
+    terminal = Terminal(emoji=False)
     sound = True
     for check in checks:
         sound &= check.passed

@@ -1,0 +1,29 @@
+"""The real command line on a disk that is full from the N-th flush on.
+
+    python -m tests.contracts.full_disk_driver N run tiny runs_root=…
+
+Every writer of ours flushes what it wrote before it counts (fsync), and that is where file systems
+that allocate late report a full disk.
+"""
+
+import errno
+import os
+import sys
+
+from stillhouse.cli import main
+
+left = int(sys.argv[1])
+flush = os.fsync
+
+
+def failing_flush(descriptor: int) -> None:
+    global left
+    left -= 1
+    if left < 0:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    flush(descriptor)
+
+
+os.fsync = failing_flush  # type: ignore[assignment]
+sys.argv = ["stillhouse", *sys.argv[2:]]
+main()

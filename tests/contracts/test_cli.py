@@ -1,0 +1,266 @@
+"""Guarantees 21-22 of README.md: what the commands say of a run, and that a finished one costs
+nothing to start again."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stillhouse.storage.catalog import Catalog
+from stillhouse.storage.layout import RunFolder
+from stillhouse.storage.lock import RunLock
+from stillhouse.storage.manifest import Manifest
+from tests.contracts.tiny_run import (
+    ROOT,
+    STAGES,
+    Finished,
+    environment,
+    keys_of,
+    stillhouse,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+HEAVY = ("torch", "transformers", "peft", "mlflow", "datasets", "ray", "vllm")
+# The real command line, then which of these libraries it has loaded.
+LOADED = """
+import sys
+from stillhouse.cli import main
+try:
+    main()
+finally:
+    print("loaded:", *(name for name in sys.argv[-1].split(",") if name in sys.modules))
+"""
+
+
+@pytest.fixture
+def copy(clean_run: RunFolder, tmp_path: Path) -> RunFolder:
+    shutil.copytree(clean_run.root, tmp_path / "tiny")
+    return RunFolder(tmp_path / "tiny")
+
+
+@pytest.fixture(scope="module")
+def ask(cache_root: Path, tmp_path_factory):
+    """Run a command from a folder that is not the checkout."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+
+    def ask(*arguments: str) -> Finished:
+        done = stillhouse(cache_root, *arguments, cwd=elsewhere)
+        assert "Traceback" not in done.err
+        return done
+
+    return ask
+
+
+def loads(cache_root: Path, *arguments: str) -> tuple[subprocess.CompletedProcess, set[str]]:
+    """Run a command in a process that tells which heavy libraries it has loaded at its end."""
+    code = LOADED.replace("sys.argv[-1]", repr(",".join(HEAVY)))
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=ROOT,
+        env=environment(cache_root),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("loaded:")]
+    return done, set(line.split()[1:])
+
+
+# A finished run again
+
+
+def test_a_finished_run_does_nothing_and_loads_nothing_heavy(
+    copy: RunFolder, cache_root: Path
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in copy.root.rglob("part-*")}
+    manifest, report = copy.manifest.read_bytes(), copy.report.read_bytes()
+    started = time.monotonic()
+    done, loaded = loads(cache_root, "run", "tiny", f"runs_root={copy.root.parent}")
+    seconds = time.monotonic() - started
+    assert done.returncode == 0, done.stderr
+    assert loaded == set()
+    assert [line.split()[1] for line in done.stderr.splitlines() if line[:1] == "="] == [*STAGES]
+    assert "✓" not in done.stderr
+    assert (copy.manifest.read_bytes(), copy.report.read_bytes()) == (manifest, report)
+    assert {path: path.stat().st_mtime_ns for path in copy.root.rglob("part-*")} == before
+    assert seconds < 3 * 3  # 1 s on an idle machine; the promise is 3
+
+
+def test_the_test_can_tell_that_a_library_was_loaded(copy: RunFolder, cache_root: Path) -> None:
+    [line] = [line for line in copy.manifest.read_text().splitlines() if '"deployments"' in line]
+    stage = '"kind":"stage","stage":"deploy"'
+    kept = [
+        text
+        for text in copy.manifest.read_text().splitlines(keepends=True)
+        if stage not in text and text.strip() != line
+    ]
+    copy.manifest.write_text("".join(kept))
+    done, loaded = loads(cache_root, "run", "tiny", f"runs_root={copy.root.parent}")
+    assert done.returncode == 0, done.stderr
+    assert {"torch", "transformers"} <= loaded
+
+
+def test_a_finished_run_shows_its_result(clean_run: RunFolder, ask) -> None:
+    out = ask("report", str(clean_run.root)).out
+    for words in ("held-out questions", "specialist", "student, compressed cache", "recovery"):
+        assert words in out
+    places = [out.index(f" {stage} ") for stage in STAGES]
+    assert places == sorted(places)  # in the order of the line
+
+
+# Status and plan
+
+
+def test_status(clean_run: RunFolder, ask) -> None:
+    done = ask("status", str(clean_run.root))
+    assert done.code == 0
+    lines = done.out.splitlines()
+    assert lines[0] == "tiny: nobody runs it now"
+    assert [line.split()[:2] for line in lines[1:]] == [[stage, "cached"] for stage in STAGES]
+
+
+def test_status_of_a_run_that_is_half_done(copy: RunFolder, ask) -> None:
+    lines = copy.manifest.read_text().splitlines(keepends=True)
+    place = next(n for n, line in enumerate(lines) if '"kind":"stage","stage":"score"' in line)
+    copy.manifest.write_text("".join(lines[:place]))
+    with RunLock(copy):
+        out = ask("status", str(copy.root)).out
+    assert "run by process" in out
+    states = {line.split()[0]: line.split()[1] for line in out.splitlines()[1:]}
+    assert states["specialize"] == "cached"
+    assert states["score"] == "partial"
+    assert states["select"] == "run"
+
+
+def test_status_takes_a_runs_name(copy: RunFolder, cache_root: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    copy.root.rename(tmp_path / "runs" / "tiny")
+    done = stillhouse(cache_root, "status", "tiny", cwd=tmp_path)
+    assert done.out.startswith("tiny: nobody runs it now")
+
+
+def test_plan_of_a_new_run_has_estimates(ask, tmp_path: Path) -> None:
+    done = ask("plan", "tiny", f"runs_root={tmp_path}")
+    assert done.code == 0, done.err
+    rows = [line for line in done.out.splitlines() if " never finished " in line]
+    assert [row.strip("│ ").split()[0] for row in rows] == [*STAGES]
+    assert "tokens" in done.out
+    assert list(tmp_path.iterdir()) == []  # planning makes nothing
+
+
+# Query and trace
+
+
+def test_query(clean_run: RunFolder, ask) -> None:
+    sql = "SELECT arm, count(*) AS asked FROM evaluations GROUP BY arm ORDER BY arm"
+    out = ask("query", str(clean_run.root), sql).out
+    assert "asked" in out
+    for arm in ("base", "specialist", "student", "student_compressed", "target_before"):
+        assert f" {arm} " in out
+
+
+def test_query_prints_text_as_it_is(clean_run: RunFolder, ask) -> None:
+    done = ask("query", str(clean_run.root), "SELECT '[red]x[/blue]' AS \"[bold]\"")
+    assert done.code == 0, done.err
+    assert "[red]x[/blue]" in done.out
+    assert "[bold]" in done.out
+
+
+def test_query_says_that_there_is_more(clean_run: RunFolder, ask) -> None:
+    out = ask("query", str(clean_run.root), "SELECT * FROM range(20)", "--limit", "3").out
+    assert "more than 3 rows" in out
+
+
+@pytest.fixture(scope="module")
+def child(clean_run: RunFolder) -> tuple[str, str]:
+    """A prompt that a generator made and that went all the way, and the one it was made from."""
+    with Catalog(clean_run, Manifest(clean_run), keys_of(clean_run)) as catalog:
+        rows = catalog.rows(
+            "SELECT prompt_id, parent_id FROM prompts JOIN corpus USING (prompt_id) "
+            "JOIN examples USING (example_id) WHERE prompts.round > 0 ORDER BY ALL LIMIT 1"
+        )
+    return rows[0]
+
+
+def test_trace_shows_a_prompts_whole_way(clean_run: RunFolder, ask, child) -> None:
+    prompt_id, parent_id = child
+    out = ask("trace", str(clean_run.root), prompt_id).out
+    steps = [
+        line.split(":")[0] + ":" + line.split()[1] for line in out.splitlines() if line[0] > " "
+    ]
+    way = [step for step in steps if step.startswith(("expand", "curate", "distill"))]
+    assert way[-5:] == [
+        "expand:completions",
+        "expand:scores",
+        "expand:selections",
+        "curate:corpus",
+        "distill:examples",
+    ]
+    assert out.index(parent_id) < out.index(f"prompt_id: {prompt_id}")  # where it came from, first
+    assert "reason" not in out.replace("_reason", "")  # kept all the way: none
+
+
+def test_trace_takes_the_ids_of_a_prompts_answers(clean_run: RunFolder, ask, child) -> None:
+    whole = ask("trace", str(clean_run.root), child[0]).out
+    with Catalog(clean_run, Manifest(clean_run), keys_of(clean_run)) as catalog:
+        [(completion, example)] = catalog.rows(
+            f"SELECT completion_id, example_id FROM corpus WHERE prompt_id = '{child[0]}'"
+        )
+    assert ask("trace", str(clean_run.root), completion).out == whole
+    assert ask("trace", str(clean_run.root), example).out == whole
+
+
+def test_trace_of_a_question_and_of_nothing(clean_run: RunFolder, ask) -> None:
+    with Catalog(clean_run, Manifest(clean_run), keys_of(clean_run)) as catalog:
+        [(question,)] = catalog.rows("SELECT question_id FROM questions ORDER BY 1 LIMIT 1")
+    out = ask("trace", str(clean_run.root), question).out
+    assert "ingest: questions  kept" in out
+    assert out.count("evaluate: evaluations") == 4
+    done = ask("trace", str(clean_run.root), "prompt_nothing")
+    assert done.code == 2
+    assert "no table of this run knows the id 'prompt_nothing'" in done.text
+
+
+# Doctor, and the arguments
+
+
+def test_doctor(ask) -> None:
+    done = ask("doctor", "tiny")
+    for words in ("✓ python", "✓ torch", "✓ model toy:llama", "✓ data builtin:icd10cm"):
+        assert words in done.out
+    assert "space for runs" in done.out
+    assert done.code == (1 if "✗" in done.out else 0)
+
+
+def test_doctor_names_the_cure(ask, tmp_path: Path) -> None:
+    recipe = tmp_path / "sick.yaml"
+    recipe.write_text("extends: tiny\nmodels:\n  target: gguf:nowhere.gguf\n")
+    done = ask("doctor", str(recipe))
+    assert done.code == 1
+    assert "✗ model gguf:nowhere.gguf: cannot be used" in done.out
+    assert "expected a file at" in done.out
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("run", "--help"), ("doctor", "tiny")])
+def test_help_and_doctor_load_nothing_heavy(cache_root: Path, arguments: tuple[str, ...]) -> None:
+    done, loaded = loads(cache_root, *arguments)
+    assert done.returncode in {0, 1}, done.stderr
+    assert loaded == set()
+
+
+def test_a_report_is_for_programs_too(clean_run: RunFolder) -> None:
+    report = json.loads(clean_run.report.read_text())
+    assert {"base", "specialist", "target_before", "student", "student_compressed"} <= report[
+        "accuracy"
+    ].keys()
+    assert {"bytes_per_token_16bit", "bytes_per_token", "kl_mean", "perplexity_change"} <= report[
+        "cache"
+    ].keys()
+    columns = {"seconds", "rows_in", "kept", "rejected", "failed", "tokens_per_second"}
+    assert all(columns <= stage.keys() for stage in report["stages"].values())
+    assert list(report["stages"]) == [*STAGES]
