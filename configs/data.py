@@ -12,8 +12,13 @@ class SourceConfig(Config):
 
     ref: str
     prompt: str = "prompt"  # the column that holds the prompt
-    response: str | None = None  # the column that holds the answer, where there is one
     limit: int | None = Field(None, ge=1)
+
+
+class PairsConfig(SourceConfig):
+    """A source of prompts with their right answers."""
+
+    response: str = "response"  # the column that holds the answer
 
 
 class PoolConfig(SourceConfig):
@@ -49,10 +54,11 @@ class DataConfig(Config):
     """The data of a run. `private` is read by `specialize` and the ceiling arm alone."""
 
     pool: tuple[PoolConfig, ...] = ()
-    private: SourceConfig | None = None
-    questions: SourceConfig  # held-out: evaluation only
+    private: PairsConfig | None = None
+    questions: PairsConfig  # held-out: evaluation only
     template: TemplateConfig = TemplateConfig()
-    heldout_percent: int = Field(10, ge=0, le=50)  # of the pool, chosen by hash
+    # Of the pool, chosen by hash: never trained on; the compressed cache is measured on it.
+    heldout_percent: int = Field(5, ge=0, le=50)
     max_prompt_tokens: int = Field(256, ge=1)  # longer prompts leave as `too_long`
     shard_rows: int = Field(256, ge=1)
 

@@ -40,7 +40,7 @@ def check(tree: Mapping[str, Any]) -> RecipeConfig:
         return RecipeConfig.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(item) for item in error.errors())) from error
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # a date, a ring of aliases, a number too long
         raise ConfigError(f"the recipe holds a value that JSON cannot: {error}") from error
 
 
@@ -61,7 +61,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{path}: `extends` comes back to itself; remove one of the two")
     try:
         tree = read_yaml(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: expected YAML, found: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
@@ -97,7 +97,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         node = child
     try:
         node[last] = read_yaml(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from error
 
 

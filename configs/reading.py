@@ -32,5 +32,8 @@ _RecipeLoader.add_implicit_resolver(
 
 
 def read_yaml(text: str) -> Any:
-    """Parse one document; raises yaml.YAMLError."""
+    """Parse one document.
+
+    Raises yaml.YAMLError, and ValueError for a date that no calendar has or too long a number.
+    """
     return yaml.load(text, _RecipeLoader)

@@ -72,22 +72,23 @@ class RecipeConfig(Config):
                 "data.private: `stage:specialize` and the ceiling arm train on private pairs; "
                 "name their source, or give models.adapter as `peft:<folder>`"
             )
-        if self.data.private is not None and self.data.private.response is None:
-            raise ValueError("data.private.response: training pairs need the answer's column")
-        return self
-
-    @model_validator(mode="after")
-    def _questions_have_answers(self) -> Self:
-        if self.data.questions.response is None:
-            raise ValueError(
-                "data.questions.response: exact match needs the column of the right answers"
-            )
         return self
 
     @model_validator(mode="after")
     def _pool_is_not_empty(self) -> Self:
         if not self.data.pool:
             raise ValueError("data.pool: expected at least one source of prompts, found none")
+        return self
+
+    @model_validator(mode="after")
+    def _each_generator_has_work(self) -> Self:
+        names, count = self.expand.generators, self.expand.prompts_per_round
+        if len(set(names)) != len(names) or not names:
+            raise ValueError(f"expand.generators: expected different names, found {list(names)}")
+        if count < len(names):
+            raise ValueError(
+                f"expand.prompts_per_round: {count} cannot be shared by {len(names)} generators"
+            )
         return self
 
     @model_validator(mode="after")

@@ -53,15 +53,17 @@ class SelectConfig(Config):
 
     tau: float = Field(1.5, gt=0)
     min_confidence: float | None = Field(None, le=0)  # mean log-probability, nats
-    budget: int | None = Field(None, ge=1)
-    max_per_answer: int | None = Field(None, ge=1)  # diversity: answers of one text kept
+    budget: int | None = Field(None, ge=1)  # of the pool; `expand` has its own bounds
+    max_per_answer: int | None = Field(None, ge=1)  # diversity: of one answer, in each round
 
 
 class ExpandConfig(Config):
     """New prompts in the likeness of the selected ones, in rounds."""
 
     rounds: int = Field(2, ge=0)
-    prompts_per_round: int = Field(64, ge=1)
+    prompts_per_round: int = Field(64, ge=1)  # shared evenly by the generators
+    enough: int | None = Field(None, ge=1)  # stop once so many new prompts were kept
+    min_yield: float = Field(0.0, ge=0, le=1)  # stop after a round that keeps a smaller share
     generators: tuple[Literal["few_shot", "mutate"], ...] = Field(
         ("few_shot", "mutate"), min_length=1
     )  # each makes an equal share of a round
@@ -112,7 +114,6 @@ class CompressConfig(Config):
     seed: int = 0
     texts: int = Field(64, ge=1)  # held-out texts whose next-token divergence is measured
     max_kl: float | None = Field(None, gt=0)  # quality budget, nats a token
-    batch_size: int = knob(32, ge=1)
 
 
 class DeployConfig(Config):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stillhouse.configs.stages import CompressConfig
 from stillhouse.pipelines.stage import Part
@@ -22,9 +22,10 @@ from stillhouse.workers.protocols import (
 if TYPE_CHECKING:
     from stillhouse.storage.catalog import Catalog
 
+Figures = dict[str, Any]  # one arm's: items, failed, exact_match, standard_error, perplexity
 SUMMARY = """
-SELECT count(*) FILTER (status = 'kept'), avg(correct::INT), sum(reference_logp),
-    sum(reference_tokens) FROM evaluations WHERE arm = ?
+SELECT count(*), count(*) FILTER (correct), count(*) FILTER (status = 'failed'),
+    fsum(reference_logp), sum(reference_tokens) FROM evaluations WHERE arm = ?
 """
 
 
@@ -88,13 +89,18 @@ def _evaluation(
     )
 
 
-def summary(catalog: "Catalog", arm: str) -> dict[str, float | int]:
-    """Exact match with its standard error, and answer perplexity, of one arm."""
-    [(items, accuracy, logp, tokens)] = catalog.rows(SUMMARY, [arm])
-    accuracy = float(accuracy or 0.0)
+def summary(catalog: "Catalog", arm: str) -> Figures:
+    """Exact match with its standard error, and answer perplexity, of one arm.
+
+    A question that could not be answered counts as wrong. Perplexity is that of a token of the
+    model's own tokenizer; None where no answer could be scored.
+    """
+    [(items, correct, failed, logp, tokens)] = catalog.rows(SUMMARY, [arm])
+    accuracy = correct / items if items else 0.0
     return {
-        "items": int(items),
+        "items": items,
+        "failed": failed,
         "exact_match": accuracy,
-        "standard_error": math.sqrt(accuracy * (1 - accuracy) / max(int(items), 1)),
-        "perplexity": math.exp(-logp / tokens) if tokens else math.nan,
+        "standard_error": math.sqrt(accuracy * (1 - accuracy) / max(items, 1)),
+        "perplexity": math.exp(-logp / tokens) if tokens else None,
     }

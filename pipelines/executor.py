@@ -28,19 +28,20 @@ class InProcessExecutor:
 def run_task(stage: Stage, task: Task, run: StageRun) -> Iterator[ShardEntry]:
     """Do a task's work and write its shards.
 
-    The entry named like the task comes last, so a task without that entry is not done.
+    The entry named like the task comes last, so a task without that entry is not done. Where the
+    parts have numbers, or there are none, it is an entry without files.
     """
     from stillhouse.storage.shards import write_shard
 
-    streamed = False
+    named = False
     started = time.monotonic()
     for part in stage.work(task, run):
-        streamed = part.part is not None
+        named = part.part is None
         shard = task.name if part.part is None else f"{task.name}-{part.part:05d}"
         files = write_shard(run.folder, run.stage, run.key, shard, part.rows)
         seconds = time.monotonic() - started
         yield ShardEntry(run.stage, run.key, shard, files, part.counts, part.tokens, seconds)
         started = time.monotonic()
-    if streamed:
+    if not named:
         seconds = time.monotonic() - started
         yield ShardEntry(run.stage, run.key, task.name, (), Counts(), 0, seconds)

@@ -15,7 +15,8 @@ def build_report(
     """Return the report; stages that have not run are missing from it.
 
     Keys: `accuracy.<arm>` (exact match), `standard_error.<arm>`, `perplexity.<arm>`, `items`,
-    `recovery`, `gate`, `cache.*`, `selection.<origin>`, `deployment`, `stages.<stage>.*`.
+    `failed.<arm>`, `recovery`, `cache.*`, `selection.<origin>`, `expansion`, `deployment` (with the
+    gate's verdict), `stages.<stage>.*`.
     """
     found = {name: manifest.stage(name, key) for name, key in keys.items()}
     entries = {name: entry for name, entry in found.items() if entry is not None}
@@ -49,7 +50,7 @@ def _evaluation(facts: Mapping[str, Any], compress: StageEntry | None) -> dict[s
         "perplexity": {arm: figures["perplexity"] for arm, figures in arms.items()},
         "items": max(figures["items"] for figures in arms.values()),
         "recovery": facts["recovery"],
-        "gate": facts["gate"],
+        "failed": {arm: figures["failed"] for arm, figures in arms.items()},
     }
 
 

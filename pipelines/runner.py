@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stillhouse.configs.recipe import RecipeConfig
-from stillhouse.errors import ConfigError
+from stillhouse.errors import AccountingError, ConfigError
 from stillhouse.pipelines.executor import Executor, InProcessExecutor
 from stillhouse.pipelines.keys import Fingerprint, ancestors, stage_keys
 from stillhouse.pipelines.observer import Observer
@@ -149,6 +149,7 @@ class Runner:
         shards = manifest.shards(stage.name, run.key).values()
         counts = sum((shard.counts for shard in shards), Counts())
         counts.check(stage.name)
+        _check_due(stage.name, stage.rows_due(run), counts)
         entry = StageEntry(
             stage=stage.name,
             key=run.key,
@@ -171,3 +172,12 @@ class Runner:
             self.observer.shard_committed(entry)
             finished += entry.shard in names
             self.observer.progress(stage.name, finished, len(wave), "tasks")
+
+
+def _check_due(stage: str, due: int | None, counts: Counts) -> None:
+    if due is not None and due != counts.rows_in:
+        raise AccountingError(
+            f"stage {stage}: {due} rows were due from the stages before it, {counts.rows_in} came "
+            "in. The stage lost or doubled rows; it is not committed. This is an error in the "
+            "stage, not in the data."
+        )

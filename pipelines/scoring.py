@@ -1,11 +1,13 @@
 """The specialist answers, both models score: shared by `score` and by each round of `expand`."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from stillhouse.configs.data import TemplateConfig
 from stillhouse.configs.stages import ScoreConfig
+from stillhouse.pipelines.text import render
 from stillhouse.storage.records import (
     CompletionRecord,
     PromptRecord,
@@ -48,7 +50,7 @@ def score_prompts(
         else:
             answered.append((_completion(prompt, answer), prompt))
     pairs = [
-        Pair(prompt.rendered, template.response.replace("{text}", completion.text))
+        Pair(prompt.rendered, render(template.response, completion.text))
         for completion, prompt in answered
     ]
     logps = worker.score(pairs, config.batch_size)
@@ -75,6 +77,8 @@ def _score(
     if isinstance(logp, Failed):
         return _unscored(prompt, "failed", logp.reason)
     excess = [s - b for s, b in zip(logp.logp_specialist, logp.logp_base, strict=True)]
+    if not all(math.isfinite(value) for value in excess):  # NaN would win every comparison
+        return _unscored(prompt, "failed", "not_finite")
     return ScoreRecord(
         completion_id=completion.completion_id,
         prompt_id=prompt.prompt_id,

@@ -74,6 +74,10 @@ class Stage(ABC):
     def work(self, task: Task, run: StageRun) -> Iterator[Part]:
         """Do one task. The same task yields the same parts, to the byte."""
 
+    def rows_due(self, run: StageRun) -> int | None:
+        """How many rows must have come in, counted where they come from; None: not known there."""
+        return None
+
     def finish(self, run: StageRun) -> Outcome:
         """Say what the finished stage leaves."""
         return Outcome()

@@ -71,6 +71,10 @@ class StageRun:
             raise KeyError(f"{self.stage} asks for the facts of {stage}, which is not finished")
         return dict(entry.facts)
 
+    def kept(self, stage: str) -> int:
+        """How many rows a finished stage kept."""
+        return sum(shard.counts.kept for shard in self.shards(stage))
+
     def adapter(self, stage: str) -> Path:
         """The adapter that a training stage left."""
         return self.folder.root / str(self.facts(stage)["adapter"])

@@ -97,7 +97,7 @@ class TrackingObserver(Observer):
         self._log.emit("artifact", path=str(self._folder.report.resolve()))
         metrics = _numbers(_flat({key: report.get(key) for key in _HEADLINES}))
         self._log.emit("run_finished", status="finished", metrics=metrics)
-        self._tracker.flush()
+        self._upload()
 
     def run_failed(self, error: StillhouseError) -> None:
         """Say that the run stopped; the error itself is told by whoever caught it."""

@@ -7,7 +7,7 @@ from stillhouse.configs.stages import TrainConfig
 from stillhouse.errors import TrainingError
 from stillhouse.pipelines.stage import Outcome, Part, Rows
 from stillhouse.pipelines.stage_run import StageRun
-from stillhouse.storage.manifest import Counts
+from stillhouse.storage.manifest import Counts, FileEntry
 from stillhouse.storage.records import ExampleRecord, TrainStepRecord
 from stillhouse.workers.protocols import (
     ModelSpec,
@@ -51,10 +51,8 @@ def train(
 
 def trained(run: StageRun) -> Outcome:
     """The adapter as an artifact of the stage."""
-    from stillhouse.storage.shards import hash_artifacts
-
     adapter = run.directory / "adapter"
-    files = hash_artifacts(run.folder, adapter)
+    files = adapter_files(run, run.directory)
     with run.catalog() as catalog:
         rows = catalog.rows(
             "SELECT step, loss FROM train_steps WHERE stage = ? ORDER BY step", [run.stage]
@@ -65,6 +63,13 @@ def trained(run: StageRun) -> Outcome:
         "last_loss": rows[-1][1],
     }
     return Outcome(files, facts)
+
+
+def adapter_files(run: StageRun, folder: Path) -> tuple[FileEntry, ...]:
+    """The files of the adapter that a training left in a folder."""
+    from stillhouse.storage.shards import hash_artifacts
+
+    return hash_artifacts(run.folder, folder / "adapter")
 
 
 def _step(stage: str, step: TrainStep) -> TrainStepRecord:

@@ -29,16 +29,17 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class RawRecord(Record):
-    """A row as read from a source, before duplicates are known."""
+    """A row as read from a source or proposed by a generator, before duplicates are known."""
 
     TABLE: ClassVar[str] = "raw"
-    kind: str  # "prompt" or "question"
-    source: int  # position of the source in the recipe
+    kind: str  # "prompt", "question" or "proposal"
+    source: int  # position of the source in the recipe; of a proposal, its round
     row: int
     text: str  # whitespace-normalised
     rendered: str
     origin: str
     reference: str | None
+    parent_id: str | None
     locator: str
     status: Status
     reason: str | None

@@ -1,9 +1,12 @@
 """What holds for every test: the environment, set before torch and its kind are imported."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.mlflow_server import MlflowServer
 
 # One thread a process: the same sums on every machine, and no crowding under `pytest -n`.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,3 +24,11 @@ def cache_root() -> Path:
     root = Path(given) if given else Path(__file__).parent.parent / ".cache" / "stillhouse"
     root.mkdir(parents=True, exist_ok=True)
     return root
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    server = MlflowServer(tmp_path_factory.mktemp("mlflow"))
+    server.start()
+    yield server
+    server.stop()

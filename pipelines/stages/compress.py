@@ -1,6 +1,7 @@
 """Fit a compressed key/value cache to the student and measure what it costs."""
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, ClassVar
 
 from stillhouse.configs.base import keyed_values
@@ -11,7 +12,7 @@ from stillhouse.pipelines.stage import Outcome, Part, Stage, Task
 from stillhouse.pipelines.stage_run import StageRun
 from stillhouse.pipelines.text import render
 from stillhouse.storage.manifest import Counts
-from stillhouse.storage.records import CacheMeasureRecord, QuestionRecord
+from stillhouse.storage.records import CacheMeasureRecord, CorpusRecord, QuestionRecord
 from stillhouse.workers.protocols import CacheBytes, CacheMeasure, Failed
 
 ARM = "student_compressed"
@@ -24,8 +25,8 @@ FIGURE_NAMES = (
     "tokens",
 )
 FIGURES = """
-SELECT sum(kl_mean * tokens) / sum(tokens), max(kl_max),
-    exp((sum(logp_full) - sum(logp_compressed)) / sum(tokens)) - 1,
+SELECT fsum(kl_mean * tokens) / sum(tokens), max(kl_max),
+    exp((fsum(logp_full) - fsum(logp_compressed)) / sum(tokens)) - 1,
     max(bytes_per_token), max(bytes_per_token_16bit), sum(tokens)::BIGINT
 FROM cache_measures WHERE status = 'kept'
 """
@@ -35,7 +36,7 @@ class CompressStage(Stage):
     """`cache_measures`, and the arm that answers on the compressed cache."""
 
     name: ClassVar[str] = "compress"
-    after: ClassVar[tuple[str, ...]] = ("ingest", "distill", "evaluate")
+    after: ClassVar[tuple[str, ...]] = ("ingest", "curate", "distill")
 
     def settings(self, recipe: RecipeConfig) -> dict[str, Any]:
         evaluate = recipe.evaluate
@@ -47,15 +48,15 @@ class CompressStage(Stage):
 
     def waves(self, run: StageRun) -> Iterator[Sequence[Task]]:
         files = run.files("ingest", "questions")
-        yield [Task("measure", tuple(files))]
+        yield [Task("measure", tuple(run.files("curate", "corpus")))]
         yield [Task(f"{ARM}-{index:05d}", (file,)) for index, file in enumerate(files)]
 
     def work(self, task: Task, run: StageRun) -> Iterator[Part]:
-        questions = [row for row in run.rows(task.inputs, QuestionRecord) if row.status == "kept"]
         if task.name == "measure":
-            yield _measure(run, questions[: run.recipe.compress.texts])
-        else:
-            yield answer_questions(run, ARM, run.student, questions, run.recipe.compress)
+            yield _measure(run, _heldout(run, task))
+            return
+        questions = [row for row in run.rows(task.inputs, QuestionRecord) if row.status == "kept"]
+        yield answer_questions(run, ARM, run.student, questions, run.recipe.compress)
 
     def finish(self, run: StageRun) -> Outcome:
         with run.catalog() as catalog:
@@ -75,13 +76,29 @@ class CompressStage(Stage):
         return Outcome(facts={"arm": arm, "cache": cache, "refused": verdict})
 
 
-def _measure(run: StageRun, questions: Sequence[QuestionRecord]) -> Part:
+def _heldout(run: StageRun, task: Task) -> list[tuple[str, str]]:
+    """Ids and texts that the student was not trained on: the corpus' held-out part, else questions.
+
+    The first ones by place: the corpus is sorted by id, which is a hash.
+    """
+    limit = run.recipe.compress.texts
+    rows = run.rows(task.inputs, CorpusRecord)
+    heldout = (row for row in rows if row.status == "kept" and row.split == "heldout")
+    texts = [(row.example_id, row.prompt + row.response) for row in islice(heldout, limit)]
+    if texts:
+        return texts
     template = run.recipe.data.template.response
-    texts = [item.rendered + render(template, item.reference) for item in questions]
+    asked = run.rows(run.files("ingest", "questions"), QuestionRecord)
+    kept = islice((row for row in asked if row.status == "kept"), limit)
+    return [(row.question_id, row.rendered + render(template, row.reference)) for row in kept]
+
+
+def _measure(run: StageRun, heldout: Sequence[tuple[str, str]]) -> Part:
+    texts = [text for _, text in heldout]
     measures, size = run.workers.measure_cache(run.student, texts, run.recipe.compress)
     rows = [
-        _record(question.question_id, measure, size)
-        for question, measure in zip(questions, measures, strict=True)
+        _record(text_id, measure, size)
+        for (text_id, _), measure in zip(heldout, measures, strict=True)
     ]
     failed = sum(row.status == "failed" for row in rows)
     counts = Counts(rows_in=len(rows), kept=len(rows) - failed, failed=failed)

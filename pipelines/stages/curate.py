@@ -67,6 +67,9 @@ class CurateStage(Stage):
             case _:
                 yield from _corpus(run)
 
+    def rows_due(self, run: StageRun) -> int:
+        return run.kept("select") + run.kept("expand")
+
     def finish(self, run: StageRun) -> Outcome:
         with run.catalog() as catalog:
             rows = catalog.rows(

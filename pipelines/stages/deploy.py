@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from stillhouse.configs.base import keyed_values
 from stillhouse.configs.recipe import RecipeConfig
 from stillhouse.pipelines.answering import answer_tokens
+from stillhouse.pipelines.gate import gate
 from stillhouse.pipelines.stage import Outcome, Part, Stage, Task
 from stillhouse.pipelines.stage_run import StageRun
 from stillhouse.storage.manifest import Counts, FileEntry
@@ -14,7 +16,8 @@ from stillhouse.workers.protocols import Completion, Decoding, ExportJob, Failed
 
 EXPECTED = """
 SELECT question_id, rendered, prediction FROM evaluations JOIN questions USING (question_id)
-WHERE arm = 'student' AND evaluations.status = 'kept' ORDER BY question_id LIMIT ?
+WHERE arm = 'student' AND evaluations.status = 'kept' AND questions.status = 'kept'
+ORDER BY question_id LIMIT ?
 """
 
 
@@ -23,6 +26,9 @@ class DeployStage(Stage):
 
     name: ClassVar[str] = "deploy"
     after: ClassVar[tuple[str, ...]] = ("ingest", "distill", "evaluate", "compress")
+
+    def settings(self, recipe: RecipeConfig) -> dict[str, Any]:
+        return super().settings(recipe) | {"gate": keyed_values(recipe.evaluate.gate)}
 
     def model_refs(self, recipe: RecipeConfig) -> tuple[str, ...]:
         return (recipe.models.target,)
@@ -50,16 +56,22 @@ class DeployStage(Stage):
                 f"allowed is a share of {allowed}; see the table `deployments`"
             )
         refused = refused or run.facts("compress")["refused"]
-        passed = bool(run.facts("evaluate")["gate"]["passed"])
+        verdict = _verdict(run)
         facts = {
             "model": run.folder.relative(_model_folder(run)),
             "name": run.recipe.deploy.model_name,
             "asked": asked,
             "same": same,
             "refused": refused,
-            "promoted": refused is None and passed,
+            "gate": verdict,
+            "promoted": refused is None and bool(verdict["passed"]),
         }
         return Outcome(_files(run), facts)
+
+
+def _verdict(run: StageRun) -> dict[str, Any]:
+    facts = run.facts("evaluate")
+    return gate(run.recipe.evaluate.gate, facts["arms"], facts["recovery"])
 
 
 def _model_folder(run: StageRun) -> Path:
@@ -72,10 +84,10 @@ def _export(run: StageRun) -> Part:
         "keys": dict(run.keys),
         "target": run.recipe.models.target,
         "recovery": run.facts("evaluate")["recovery"],
-        "gate": run.facts("evaluate")["gate"],
-        "cache": run.recipe.compress.model_dump(mode="json"),
+        "gate": _verdict(run),
+        "cache": keyed_values(run.recipe.compress),
         "cache_measured": run.facts("compress")["cache"],
-        "template": run.recipe.data.template.model_dump(mode="json"),
+        "template": keyed_values(run.recipe.data.template),
     }
     job = ExportJob(run.student, _model_folder(run), run.recipe.deploy.dtype, manifest)
     run.workers.export(job)

@@ -31,5 +31,8 @@ class DistillStage(Stage):
         ]
         yield train(run, ModelSpec(run.recipe.models.target), examples, run.recipe.distill)
 
+    def rows_due(self, run: StageRun) -> int:
+        return int(run.facts("curate")["rows"].get("train", 0))
+
     def finish(self, run: StageRun) -> Outcome:
         return trained(run)

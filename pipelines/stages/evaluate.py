@@ -1,12 +1,12 @@
 """Every arm answers the held-out questions; the gate says whether the student learnt enough."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 from stillhouse.configs.base import keyed_values
 from stillhouse.configs.recipe import RecipeConfig
-from stillhouse.configs.stages import GateConfig
 from stillhouse.pipelines.answering import answer_questions, summary
+from stillhouse.pipelines.gate import recovery
 from stillhouse.pipelines.stage import Outcome, Part, Stage, Task
 from stillhouse.pipelines.stage_run import StageRun
 from stillhouse.pipelines.stages.score import pair_refs
@@ -15,11 +15,9 @@ from stillhouse.pipelines.stages.specialize import (
     private_refs,
     private_settings,
 )
-from stillhouse.pipelines.training import train
+from stillhouse.pipelines.training import adapter_files, train
 from stillhouse.storage.records import QuestionRecord
 from stillhouse.workers.protocols import ModelSpec
-
-Arms = Mapping[str, Mapping[str, float | int]]  # figures by arm
 
 
 class EvaluateStage(Stage):
@@ -30,6 +28,7 @@ class EvaluateStage(Stage):
 
     def settings(self, recipe: RecipeConfig) -> dict[str, Any]:
         values = super().settings(recipe)
+        del values["gate"]  # it judges what was measured: `deploy` applies it
         if "ceiling" in recipe.evaluate.arms:
             values |= private_settings(recipe) | {"distill": keyed_values(recipe.distill)}
         return values
@@ -59,15 +58,20 @@ class EvaluateStage(Stage):
         questions = [row for row in run.rows(task.inputs, QuestionRecord) if row.status == "kept"]
         yield answer_questions(run, arm, _model_of(run, arm), questions)
 
+    def rows_due(self, run: StageRun) -> int:
+        asked = len(run.recipe.evaluate.arms) * int(run.facts("ingest")["questions"])
+        trained = run.manifest.shards(self.name, run.key).get("ceiling-train")
+        return asked + (trained.counts.rows_in if trained else 0)
+
     def finish(self, run: StageRun) -> Outcome:
         with run.catalog() as catalog:
-            arms: Arms = {arm: summary(catalog, arm) for arm in run.recipe.evaluate.arms}
-        recovered = recovery(arms)
-        verdict = gate(run.recipe.evaluate.gate, arms, recovered)
+            arms = {str(arm): summary(catalog, arm) for arm in run.recipe.evaluate.arms}
         for arm, figures in arms.items():
             for name in ("exact_match", "perplexity"):
-                run.observer.metric(self.name, f"{arm}.{name}", float(figures[name]), 0)
-        return Outcome(facts={"arms": arms, "recovery": recovered, "gate": verdict})
+                if figures[name] is not None:
+                    run.observer.metric(self.name, f"{arm}.{name}", figures[name], 0)
+        ceiling = adapter_files(run, run.directory / "ceiling") if "ceiling" in arms else ()
+        return Outcome(ceiling, {"arms": arms, "recovery": recovery(arms)})
 
 
 def _model_of(run: StageRun, arm: str) -> ModelSpec:
@@ -89,27 +93,3 @@ def _train_ceiling(run: StageRun) -> Part:
     target = ModelSpec(run.recipe.models.target)
     examples = private_examples(run.recipe)
     return train(run, target, examples, run.recipe.distill, run.directory / "ceiling")
-
-
-def recovery(arms: Arms) -> float | None:
-    """(student - target before) / (specialist - target before) in exact match.
-
-    None where an arm is missing or the specialist is no better than the untouched target.
-    """
-    if not {"student", "target_before", "specialist"} <= arms.keys():
-        return None
-    before = arms["target_before"]["exact_match"]
-    gained = arms["student"]["exact_match"] - before
-    possible = arms["specialist"]["exact_match"] - before
-    return gained / possible if possible > 0 else None
-
-
-def gate(config: GateConfig, arms: Arms, recovered: float | None) -> dict[str, Any]:
-    """The verdict on the student and, where it fails, the reason with its numbers."""
-    reasons = []
-    if config.min_recovery is not None and (recovered is None or recovered < config.min_recovery):
-        reasons.append(f"recovery {recovered} is under min_recovery {config.min_recovery}")
-    accuracy = arms["student"]["exact_match"] if "student" in arms else None
-    if config.min_accuracy is not None and (accuracy is None or accuracy < config.min_accuracy):
-        reasons.append(f"exact match {accuracy} is under min_accuracy {config.min_accuracy}")
-    return {"passed": not reasons, "reasons": reasons}

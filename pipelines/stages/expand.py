@@ -4,18 +4,20 @@ Each step of a round is a wave, so a run stopped in any of them goes on there.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from stillhouse.configs.base import keyed_values
 from stillhouse.configs.recipe import RecipeConfig
 from stillhouse.pipelines.proposals import Proposal, Seed, few_shot, mutate
+from stillhouse.pipelines.raw_rows import mark_too_long, prompts_of, raw_counts
 from stillhouse.pipelines.selection import judge, selection_counts
 from stillhouse.pipelines.stage import Outcome, Part, Rows, Stage, Task
 from stillhouse.pipelines.stage_run import StageRun
 from stillhouse.pipelines.stages.score import pair_refs, score
-from stillhouse.pipelines.text import normalise, render, split_of
+from stillhouse.pipelines.text import chunked, normalise, render
 from stillhouse.storage.manifest import Counts
-from stillhouse.storage.records import PromptRecord, content_id
+from stillhouse.storage.records import PromptRecord, RawRecord, content_id
 from stillhouse.workers.protocols import Decoding, Failed
 
 CHUNK = 32  # proposals a task makes: a shard, and so part of what decides the sampled text
@@ -23,13 +25,22 @@ SEEDS = """
 SELECT prompt_id, prompts.text, completions.text FROM selections
 JOIN prompts USING (prompt_id) JOIN completions USING (completion_id)
 WHERE selections.status = 'kept' AND prompts.status = 'kept' AND selections.round < ?
-  AND split = 'train' ORDER BY hash(prompt_id || ?), prompt_id LIMIT ?
+  AND split = 'train' ORDER BY md5(prompt_id || ?), prompt_id LIMIT ?
 """
-KNOWN = """
-SELECT text, bool_or(question) FROM (
-    SELECT text, false AS question FROM prompts WHERE status = 'kept'
-    UNION ALL SELECT text, true FROM questions WHERE status = 'kept'
-) WHERE list_contains(?, text) GROUP BY text
+# Judged in one task after all proposals of the round, so these may be made in any order.
+NEW_TEXTS = """
+SELECT * EXCLUDE (status, reason, again),
+    CASE WHEN status = 'kept' AND (again OR leak OR known) THEN 'rejected' ELSE status END
+        AS status,
+    CASE WHEN status <> 'kept' THEN reason WHEN leak THEN 'overlaps_evaluation'
+         WHEN again OR known THEN 'duplicate' END AS reason
+FROM (
+    SELECT *,
+        row_number() OVER (PARTITION BY text, status = 'kept' ORDER BY row) > 1 AS again,
+        text IN (SELECT text FROM questions WHERE status = 'kept') AS leak,
+        text IN (SELECT text FROM prompts WHERE status = 'kept' AND round < $round) AS known
+    FROM raw WHERE kind = 'proposal' AND source = $round
+) ORDER BY row
 """
 MAX_SEEDS = 4096  # drawn anew each round, so a pool of any size fits
 
@@ -48,28 +59,19 @@ class ExpandStage(Stage):
         return pair_refs(recipe)
 
     def waves(self, run: StageRun) -> Iterator[Sequence[Task]]:
-        config = run.recipe.expand
-        share = config.prompts_per_round // len(config.generators)
-        for number in range(1, config.rounds + 1):
+        for number in range(1, run.recipe.expand.rounds + 1):
             prefix = f"round-{number:02d}"
-            for generator in config.generators:  # one after the other: each sees what is known
-                yield [
-                    Task(
-                        f"{prefix}-a-{generator}-{start // CHUNK:05d}",
-                        arguments={
-                            "do": generator,
-                            "round": number,
-                            "count": min(CHUNK, share - start),
-                        },
-                    )
-                    for start in range(0, share, CHUNK)
-                ]
-            files = run.files("expand", "prompts", prefix)
+            about = {"round": number}
+            yield _proposal_tasks(run, number, prefix)
+            yield [Task(f"{prefix}-b-prompts", arguments=about | {"do": "judge"})]
+            files = run.files(self.name, "prompts", prefix)
             yield [
-                Task(f"{prefix}-b-score-{index:05d}", (file,), {"do": "score"})
+                Task(f"{prefix}-c-score-{index:05d}", (file,), {"do": "score"})
                 for index, file in enumerate(files)
             ]
-            yield [Task(f"{prefix}-c-select", arguments={"do": "select", "round": number})]
+            yield [Task(f"{prefix}-d-select", arguments=about | {"do": "select"})]
+            if _is_enough(run, prefix):
+                return
 
     def work(self, task: Task, run: StageRun) -> Iterator[Part]:
         match task.arguments["do"]:
@@ -77,6 +79,8 @@ class ExpandStage(Stage):
                 yield _score(run, task)
             case "select":
                 yield from _select(run, int(task.arguments["round"]))
+            case "judge":
+                yield from _judge(run, int(task.arguments["round"]))
             case _:
                 yield _propose(run, task)
 
@@ -95,6 +99,39 @@ class ExpandStage(Stage):
         return Outcome(facts={"rounds": rounds})
 
 
+def _proposal_tasks(run: StageRun, number: int, prefix: str) -> list[Task]:
+    """Share the round evenly; the first generators take what is left over."""
+    config = run.recipe.expand
+    share, over = divmod(config.prompts_per_round, len(config.generators))
+    tasks: list[Task] = []
+    first = 0
+    for place, generator in enumerate(config.generators):
+        count = share + (place < over)
+        for start in range(0, count, CHUNK):
+            arguments = {
+                "do": generator,
+                "round": number,
+                "first": first + start,
+                "count": min(CHUNK, count - start),
+            }
+            name = f"{prefix}-a-{generator}-{start // CHUNK:05d}"
+            tasks.append(Task(name, arguments=arguments))
+        first += count
+    return tasks
+
+
+def _is_enough(run: StageRun, prefix: str) -> bool:
+    """Whether enough prompts were kept, or the last round kept too small a share of its own."""
+    config = run.recipe.expand
+    shards = run.shards("expand")
+    kept = sum(shard.counts.kept for shard in shards)
+    rounds = [shard.counts for shard in shards if shard.shard.startswith(prefix)]
+    proposed = sum(counts.rows_in for counts in rounds)
+    round_kept = sum(counts.kept for counts in rounds)
+    enough = config.enough is not None and kept >= config.enough
+    return enough or round_kept < config.min_yield * proposed
+
+
 def _propose(run: StageRun, task: Task) -> Part:
     generator, number = str(task.arguments["do"]), int(task.arguments["round"])
     seed = f"{run.recipe.expand.seed}/{task.name}"
@@ -109,11 +146,37 @@ def _propose(run: StageRun, task: Task) -> Part:
         proposals = [*mutate(seeds, count, seed)]
     else:
         proposals, tokens = _continue(run, seeds, count, seed)
-    prompts = _judged(run, task, generator, number, proposals)
-    rejected = sum(prompt.status == "rejected" for prompt in prompts)
-    failed = sum(prompt.status == "failed" for prompt in prompts)
-    counts = Counts(rows_in=len(prompts), kept=0, rejected=rejected, failed=failed)
-    return Part({"prompts": prompts}, counts, tokens)
+    raw = [_raw(run, task, index, item) for index, item in enumerate(proposals)]
+    return Part({"raw": mark_too_long(run, raw)}, Counts(), tokens)
+
+
+def _raw(run: StageRun, task: Task, index: int, item: Proposal | Failed) -> RawRecord:
+    text = normalise(item.text) if isinstance(item, Proposal) else ""
+    failure = item.reason if isinstance(item, Failed) else None
+    reason = failure or (None if text else "empty")
+    return RawRecord(
+        kind="proposal",
+        source=int(task.arguments["round"]),
+        row=int(task.arguments["first"]) + index,
+        text=text,
+        rendered=render(run.recipe.data.template.prompt, text),
+        origin=str(task.arguments["do"]),
+        reference=None,
+        parent_id=item.parent_id if isinstance(item, Proposal) else None,
+        locator=f"{task.name}:{index}",
+        status="kept" if reason is None else "failed",
+        reason=reason,
+    )
+
+
+def _judge(run: StageRun, number: int) -> Iterator[Part]:
+    size = run.recipe.data.shard_rows
+    percent = run.recipe.data.heldout_percent
+    with run.catalog() as catalog:
+        rows = catalog.records(NEW_TEXTS, RawRecord, size, {"round": number})
+        for part, chunk in enumerate(chunked(rows, size)):
+            counts = replace(raw_counts(chunk), kept=0)  # kept or not is for selection to say
+            yield Part({"prompts": prompts_of(chunk, number, percent)}, counts, part=part)
 
 
 def _continue(
@@ -143,50 +206,6 @@ def _continue(
             Failed("truncated") if cut else Proposal(shots.parent_id, answer.text.lstrip("- "))
         )
     return proposals, tokens
-
-
-def _judged(
-    run: StageRun,
-    task: Task,
-    generator: str,
-    number: int,
-    proposals: Sequence[Proposal | Failed],
-) -> list[PromptRecord]:
-    texts = ["" if isinstance(item, Failed) else normalise(item.text) for item in proposals]
-    with run.catalog() as catalog:
-        known = dict(catalog.rows(KNOWN, [texts]))
-    prompts = []
-    for index, (item, text) in enumerate(zip(proposals, texts, strict=True)):
-        reason = item.reason if isinstance(item, Failed) else _objection(text, known)
-        known.setdefault(text, False)
-        locator = f"{task.name}:{index}"
-        prompts.append(
-            PromptRecord(
-                prompt_id=content_id("prompt", text if reason is None else locator),
-                text=text,
-                rendered=render(run.recipe.data.template.prompt, text),
-                origin=generator,
-                split=split_of(text, run.recipe.data.heldout_percent),
-                round=number,
-                parent_id=None if isinstance(item, Failed) else item.parent_id,
-                locator=locator,
-                status="kept"
-                if reason is None
-                else "failed"
-                if isinstance(item, Failed)
-                else "rejected",
-                reason=reason,
-            )
-        )
-    return prompts
-
-
-def _objection(text: str, known: dict[str, bool]) -> str | None:
-    if not text:
-        return "empty"
-    if text not in known:
-        return None
-    return "overlaps_evaluation" if known[text] else "duplicate"
 
 
 def _score(run: StageRun, task: Task) -> Part:

@@ -5,24 +5,24 @@ source (`raw`), then DuckDB finds the first of each text and `prompts` and `ques
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from stillhouse.configs.base import keyed_values
-from stillhouse.configs.data import PoolConfig, SourceConfig
+from stillhouse.configs.data import PairsConfig, PoolConfig, SourceConfig
 from stillhouse.configs.recipe import RecipeConfig
 from stillhouse.errors import SourceError
+from stillhouse.pipelines.raw_rows import mark_too_long, prompts_of, raw_counts
 from stillhouse.pipelines.stage import Outcome, Part, Stage, Task
 from stillhouse.pipelines.stage_run import StageRun
-from stillhouse.pipelines.text import chunked, normalise, render, split_of
+from stillhouse.pipelines.text import chunked, normalise, render
 from stillhouse.storage.manifest import Counts
-from stillhouse.storage.records import PromptRecord, QuestionRecord, RawRecord, content_id
+from stillhouse.storage.records import QuestionRecord, RawRecord, content_id
 from stillhouse.workers.sources.reader import MalformedRow, SourceRow, read
 
 # A prompt that equals a question is a leak, whatever the order in which the two were read.
 FIRST_OF_EACH = """
-SELECT kind, source, row, text, rendered, origin, reference, locator,
+SELECT kind, source, row, text, rendered, origin, reference, parent_id, locator,
        CASE WHEN status <> 'kept' THEN status WHEN duplicate THEN 'rejected' ELSE 'kept' END
            AS status,
        CASE WHEN status <> 'kept' THEN reason WHEN leak THEN 'overlaps_evaluation'
@@ -68,6 +68,9 @@ class IngestStage(Stage):
         else:
             yield from _read(run, int(task.arguments["source"]))
 
+    def rows_due(self, run: StageRun) -> int:
+        return sum(file.rows for file in run.files(self.name, "raw"))
+
     def finish(self, run: StageRun) -> Outcome:
         with run.catalog() as catalog:
             by_origin = catalog.rows(
@@ -95,7 +98,7 @@ def _read(run: StageRun, index: int) -> Iterator[Part]:
     rows = enumerate(read(source.ref, Path.cwd(), _columns(source)))
     for part, chunk in enumerate(chunked(_limited(rows, source.limit), run.recipe.data.shard_rows)):
         raw = [_raw(run.recipe, source, index, number, row) for number, row in chunk]
-        yield Part({"raw": _measured(run, raw)}, Counts(), part=part)
+        yield Part({"raw": mark_too_long(run, raw)}, Counts(), part=part)
 
 
 def _limited(
@@ -114,7 +117,6 @@ def _raw(
     number: int,
     row: SourceRow | MalformedRow,
 ) -> RawRecord:
-    kind = "prompt" if isinstance(source, PoolConfig) else "question"
     origin = source.origin if isinstance(source, PoolConfig) else "questions"
     text, reference, reason = "", None, None
     if isinstance(row, MalformedRow):
@@ -123,73 +125,42 @@ def _raw(
         text = normalise(row.values[source.prompt])
         if isinstance(source, PoolConfig) and source.origin_column:
             origin = row.values[source.origin_column]
-        if source.response and kind == "question":
+        if isinstance(source, PairsConfig):
             reference = row.values[source.response].strip()
         reason = None if text else "empty"
     bare = isinstance(source, PoolConfig) and source.template == "none"
     return RawRecord(
-        kind=kind,
+        kind="question" if isinstance(source, PairsConfig) else "prompt",
         source=index,
         row=number,
         text=text,
         rendered=text if bare else render(recipe.data.template.prompt, text),
         origin=origin,
         reference=reference,
+        parent_id=None,
         locator=row.locator,
-        status="kept" if reason is None else "failed" if text == "" else "rejected",
+        status="kept" if reason is None else "failed",
         reason=reason,
     )
 
 
 def _columns(source: SourceConfig) -> list[str]:
     origin = source.origin_column if isinstance(source, PoolConfig) else None
-    response = None if isinstance(source, PoolConfig) else source.response
+    response = source.response if isinstance(source, PairsConfig) else None
     return [name for name in (source.prompt, origin, response) if name is not None]
 
 
-def _measured(run: StageRun, rows: list[RawRecord]) -> list[RawRecord]:
-    """Mark rows that are too long for either model's tokenizer."""
-    limit = run.recipe.data.max_prompt_tokens
-    texts = [row.rendered for row in rows]
-    refs = dict.fromkeys((run.recipe.models.base, run.recipe.models.target))
-    lengths = [run.workers.count_tokens(ref, texts) for ref in refs]
-    longest = [max(counts) for counts in zip(*lengths, strict=True)]
-    return [
-        _too_long(row, tokens, limit) if row.status == "kept" and tokens > limit else row
-        for row, tokens in zip(rows, longest, strict=True)
-    ]
-
-
-def _too_long(row: RawRecord, tokens: int, limit: int) -> RawRecord:
-    return replace(row, status="rejected", reason=f"too_long: {tokens} tokens, limit {limit}")
-
-
 def _prompts(run: StageRun) -> Iterator[Part]:
-    percent = run.recipe.data.heldout_percent
     for part, rows in enumerate(_judged(run, "prompt")):
-        prompts = [
-            PromptRecord(
-                prompt_id=content_id("prompt", row.text or row.locator),
-                text=row.text,
-                rendered=row.rendered,
-                origin=row.origin,
-                split=split_of(row.text, percent),
-                round=0,
-                parent_id=None,
-                locator=row.locator,
-                status=row.status,
-                reason=row.reason,
-            )
-            for row in rows
-        ]
-        yield Part({"prompts": prompts}, _counts(rows), part=part)
+        prompts = prompts_of(rows, 0, run.recipe.data.heldout_percent)
+        yield Part({"prompts": prompts}, raw_counts(rows), part=part)
 
 
 def _questions(run: StageRun) -> Iterator[Part]:
     for part, rows in enumerate(_judged(run, "question")):
         questions = [
             QuestionRecord(
-                question_id=content_id("question", row.text or row.locator),
+                question_id=content_id("question", _identity(row)),
                 text=row.text,
                 rendered=row.rendered,
                 reference=row.reference or "",
@@ -199,7 +170,7 @@ def _questions(run: StageRun) -> Iterator[Part]:
             )
             for row in rows
         ]
-        yield Part({"questions": questions}, _counts(rows), part=part)
+        yield Part({"questions": questions}, raw_counts(rows), part=part)
 
 
 def _judged(run: StageRun, kind: str) -> Iterator[list[RawRecord]]:
@@ -208,11 +179,5 @@ def _judged(run: StageRun, kind: str) -> Iterator[list[RawRecord]]:
         yield from chunked(catalog.records(FIRST_OF_EACH, RawRecord, size, [kind]), size)
 
 
-def _counts(rows: Sequence[RawRecord]) -> Counts:
-    statuses = [row.status for row in rows]
-    return Counts(
-        rows_in=len(rows),
-        kept=statuses.count("kept"),
-        rejected=statuses.count("rejected"),
-        failed=statuses.count("failed"),
-    )
+def _identity(row: RawRecord) -> str:
+    return row.text if row.status == "kept" else row.locator

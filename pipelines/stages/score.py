@@ -28,6 +28,9 @@ class ScoreStage(Stage):
         prompts = [row for row in run.rows(task.inputs, PromptRecord) if row.status == "kept"]
         yield scored_part(score(run, prompts))
 
+    def rows_due(self, run: StageRun) -> int:
+        return int(run.facts("ingest")["prompts"])
+
     def finish(self, run: StageRun) -> Outcome:
         with run.catalog() as catalog:
             rows = catalog.rows(

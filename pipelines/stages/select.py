@@ -21,6 +21,9 @@ class SelectStage(Stage):
         for part, rows in enumerate(judge(run, 0)):
             yield Part({"selections": rows}, selection_counts(rows), part=part)
 
+    def rows_due(self, run: StageRun) -> int:
+        return run.kept("score")
+
     def finish(self, run: StageRun) -> Outcome:
         with run.catalog() as catalog:
             rows = catalog.rows(

@@ -57,7 +57,7 @@ def private_refs(recipe: RecipeConfig) -> tuple[str, ...]:
 def private_examples(recipe: RecipeConfig) -> list[TrainExample]:
     """Read the private pairs. A malformed line stops: training data is the user's own."""
     source = recipe.data.private
-    if source is None or source.response is None:
+    if source is None:
         raise SourceError("data.private: expected a source of training pairs, found none")
     examples = []
     for number, row in enumerate(read(source.ref, Path.cwd(), (source.prompt, source.response))):

@@ -40,7 +40,10 @@ def show_report(report: Mapping[str, Any], folder: Path) -> None:
 
 
 def _arms(report: Mapping[str, Any]) -> Table:
-    table = Table(title=f"{report['name']}: {report['items']} held-out questions")
+    table = Table(
+        title=f"{report['name']}: {report['items']} held-out questions",
+        caption="perplexity: of a token of the model's own tokenizer; compare within a family",
+    )
     for column in ("arm", "exact match", "answer perplexity"):
         table.add_column(column, justify="left" if column == "arm" else "right")
     for arm, label in ARMS.items():
@@ -49,9 +52,13 @@ def _arms(report: Mapping[str, Any]) -> Table:
             table.add_row(
                 label,
                 f"{report['accuracy'][arm]:.1%} ± {error:.1%}",
-                f"{report['perplexity'][arm]:.3g}",
+                _perplexity(report["perplexity"][arm]),
             )
     return table
+
+
+def _perplexity(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
 
 
 def _summary(report: Mapping[str, Any]) -> str:

@@ -83,6 +83,7 @@ def test_unknown_recipe_names_the_nearest() -> None:
         ("? [a, b]\n: 1\n", "expected YAML"),
         ("name: x\nname: y\n", "key 'name' is given twice"),
         ("data: {shard_rows: 2024-01-01}\n", "a value that JSON cannot"),
+        ("name: 2024-13-45\n", "expected YAML, found: month must be in 1..12"),
     ],
 )
 def test_files_that_are_no_recipe(tmp_path: Path, text: str, message: str) -> None:
@@ -120,6 +121,10 @@ def test_overrides_reach_any_depth_and_the_last_one_wins() -> None:
         ("=3", "expected `section.key=value`"),
         ("name.first=3", "`name` is a value, not a section"),
         ("score.stop=[a", "the value is not YAML"),
+        ("name=2024-13-45", "'name=2024-13-45': the value is not YAML: month must be in 1..12"),
+        ("distill.epochs=" + "7" * 4_301, "the value is not YAML: Exceeds the limit"),
+        ("distill.epochs=0x" + "7" * 4_301, "a value that JSON cannot: Exceeds the limit"),
+        ("score.stop=&a [*a]", "a value that JSON cannot: Circular"),
         ("distil.epochs=3", r"distil: no such key; did you mean `distill`\?"),
         ("distill.learning_rat=3", r"distill.learning_rat: .* `learning_rate`\?"),
         ("distill.lora.ranks=3", r"distill.lora.ranks: .* `rank`\?"),

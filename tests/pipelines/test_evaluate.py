@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from stillhouse.configs.stages import GateConfig
-from stillhouse.pipelines.stages.evaluate import gate, recovery
+from stillhouse.pipelines.gate import gate, recovery
 from tests.pipelines.conftest import Line
 
 

@@ -45,6 +45,7 @@ def test_json_lines_keep_order_numbers_and_plain_values(tmp_path):
         (b'{"prompt": "\\ud800"}', "lone surrogate"),
         (b"[" * 100_000, "found invalid JSON"),
         (b"\x00\x01", "found invalid JSON"),
+        (b'{"prompt": ' + b"7" * 4_301 + b"}", "found a number too long to read"),
     ],
 )
 def test_a_broken_json_line_is_set_aside_with_its_number(tmp_path, line, reason):
@@ -56,6 +57,14 @@ def test_a_broken_json_line_is_set_aside_with_its_number(tmp_path, line, reason)
     assert broken.locator == "a.jsonl:2"
     assert reason in broken.reason
     assert last == SourceRow({"prompt": "good"}, "a.jsonl:3")
+
+
+def test_json_of_any_depth_is_read_or_set_aside(tmp_path):
+    """A cell is nested one level less than its line: what could be parsed may not be written."""
+    depths = range(900, 1010)
+    write(tmp_path / "a.jsonl", "\n".join(f'{{"prompt": {"[" * n}{"]" * n}}}' for n in depths))
+    rows = list(read("jsonl:a.jsonl", tmp_path))
+    assert [row.locator for row in rows] == [f"a.jsonl:{n}" for n in range(1, len(depths) + 1)]
 
 
 def test_csv_cells_may_hold_commas_quotes_and_line_breaks(tmp_path):

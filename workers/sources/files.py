@@ -47,6 +47,10 @@ def _object(line: bytes, locator: str) -> SourceRow | MalformedRow:
         return MalformedRow(locator, _not_utf8(error))
     except (json.JSONDecodeError, RecursionError) as error:
         return MalformedRow(locator, f"expected a JSON object, found invalid JSON: {error}")
+    except ValueError as error:  # Python turns no more than 4,300 digits into a number
+        return MalformedRow(
+            locator, f"expected a JSON object, found a number too long to read: {error}"
+        )
     if not isinstance(value, dict):
         return MalformedRow(locator, f"expected a JSON object, found {_kind(value)}")
     return text_row(value, locator)
@@ -54,11 +58,13 @@ def _object(line: bytes, locator: str) -> SourceRow | MalformedRow:
 
 def text_row(value: dict[str, object], locator: str) -> SourceRow | MalformedRow:
     """Turn plain values into text; a lone surrogate, which no UTF-8 file can hold, is malformed."""
-    values = {str(name): _text(cell) for name, cell in value.items() if cell is not None}
     try:
+        values = {str(name): _text(cell) for name, cell in value.items() if cell is not None}
         "".join(values.values()).encode("utf-8")
     except UnicodeEncodeError as error:
         return MalformedRow(locator, f"expected text, found a lone surrogate: {error.reason}")
+    except RecursionError as error:
+        return MalformedRow(locator, f"expected values that nest less deeply: {error}")
     return SourceRow(values, locator)
 
 

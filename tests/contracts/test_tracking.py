@@ -1,0 +1,74 @@
+"""Guarantee 14 of README.md: a run without its tracking server loses nothing that it would log."""
+
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+
+from stillhouse.storage.layout import RunFolder
+from stillhouse.storage.tracking_settings import mlflow_quiet
+from tests.contracts.tiny_run import stillhouse
+from tests.mlflow_server import MlflowServer
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def outcome(clean_run: RunFolder, tmp_path_factory, cache_root: Path):
+    """A finished run deploys again with its server away, then again with the server there."""
+    home = tmp_path_factory.mktemp("tracked")
+    shutil.copytree(clean_run.root, home / "runs" / "tiny")
+    server = MlflowServer(home)
+    arguments = ["run", "tiny", f"runs_root={home / 'runs'}", "deploy.questions=7"]
+    arguments += ["tracking.enabled=true", f"tracking.uri={server.uri}"]
+    away = stillhouse(cache_root, *arguments)
+    server.start()
+    there = stillhouse(cache_root, *arguments)
+    yield away, there, server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def client(outcome):
+    with mlflow_quiet():
+        from mlflow import MlflowClient
+
+        yield MlflowClient(outcome[2].uri)
+
+
+def test_the_run_says_that_the_server_is_away_and_goes_on(outcome) -> None:
+    away = outcome[0]
+    assert away.code == 0, away.err
+    assert "MLflow cannot be reached" in away.text
+    assert "✓ deploy" in away.text
+
+
+def test_the_next_start_uploads_and_does_nothing_else(outcome) -> None:
+    there = outcome[1]
+    assert there.code == 0, there.err
+    assert "✓" not in there.text
+    assert "cannot be reached" not in there.text
+
+
+def test_the_server_has_the_run_its_stage_and_the_result(client) -> None:
+    [experiment] = client.search_experiments(filter_string="name = 'stillhouse'")
+    runs = client.search_runs([experiment.experiment_id])
+    by_name = {run.info.run_name: run for run in runs}
+    assert {"tiny", "deploy"} <= by_name.keys()
+    parent, child = by_name["tiny"], by_name["deploy"]
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert parent.data.metrics.keys() >= {"recovery", "accuracy.student", "cache.kl_mean"}
+    assert child.data.params["questions"] == "7"
+    names = [item.dataset.name for item in child.inputs.dataset_inputs]
+    assert "deploy.deployments" in names
+
+
+def test_the_student_is_registered_and_promoted_by_the_gate(client) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        versions = [
+            client.get_model_version_by_alias("stillhouse-student", alias).version
+            for alias in ("candidate", "champion")
+        ]
+    assert versions[0] == versions[1]
