@@ -164,7 +164,7 @@ def _raw(run: StageRun, task: Task, index: int, item: Proposal | Failed) -> RawR
         reference=None,
         parent_id=item.parent_id if isinstance(item, Proposal) else None,
         locator=f"{task.name}:{index}",
-        status="kept" if reason is None else "failed",
+        status="kept" if reason is None else "failed" if failure else "rejected",
         reason=reason,
     )
 

@@ -67,7 +67,6 @@ def test_the_knobs_of_a_recipe() -> None:
         "score.batch_size",
         "expand.batch_size",
         "evaluate.batch_size",
-        "compress.batch_size",
         "deploy.batch_size",
         "execution.threads",
     }

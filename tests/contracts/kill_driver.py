@@ -75,6 +75,6 @@ def tear(value: dict[str, Any], manifest: Manifest) -> None:
 
 whole_append = Manifest.append
 console.Console = KillingConsole  # type: ignore[misc]
-Manifest.append = killing_append  # type: ignore[method-assign]
+Manifest.append = killing_append  # type: ignore[method-assign,assignment]
 sys.argv = ["stillhouse", *sys.argv[3:]]
 main()

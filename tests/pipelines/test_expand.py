@@ -31,7 +31,7 @@ def says(line: Line, *texts: str | Failed) -> None:
     answers = made["base"].answers
 
     def answer(prompt: str) -> str | Failed:
-        return next(turn) if prompt.startswith("More of the same kind") else answers(prompt)  # type: ignore[operator]
+        return next(turn) if prompt.startswith("More of the same kind") else answers(prompt)
 
     made["base"] = Script(answer, made["base"].logp)
     line.workers.scripts = made

@@ -6,7 +6,7 @@ from stillhouse.pipelines.report import build_report
 from stillhouse.storage.manifest import Counts, Manifest, StageEntry
 from tests.pipelines.conftest import Line
 
-ARM = {"items": 40, "exact_match": 0.25, "standard_error": 0.068, "perplexity": 3.0}
+ARM = {"items": 40, "failed": 3, "exact_match": 0.25, "standard_error": 0.068, "perplexity": 3.0}
 CACHE = {
     "kl_mean": 0.01,
     "kl_max": 0.2,
@@ -33,17 +33,17 @@ def test_nothing_has_run(line: Line) -> None:
 
 def test_every_figure(line: Line) -> None:
     manifest, keys = Manifest(line.runner().folder), {}
-    for stage, facts in {
+    facts_by_stage: dict[str, dict[str, Any]] = {
         "select": {"origins": {"pool": {"rows": 4, "rejected": 1, "reject_rate": 0.25}}},
         "expand": {"rounds": [{"round": 1}]},
         "evaluate": {
             "arms": {"base": ARM | {"exact_match": 0.0}, "student": ARM},
             "recovery": 0.5,
-            "gate": {"passed": True, "reasons": []},
         },
         "compress": {"arm": ARM | {"exact_match": 0.2}, "cache": CACHE},
         "deploy": {"name": "student", "refused": None, "promoted": True},
-    }.items():
+    }
+    for stage, facts in facts_by_stage.items():
         keys[stage] = f"key of {stage}"
         manifest.append(entry(stage, keys[stage], 300 if stage == "evaluate" else 0, **facts))
     report = build_report(line.recipe, manifest, keys)
@@ -51,7 +51,7 @@ def test_every_figure(line: Line) -> None:
     assert report["perplexity"]["student_compressed"] == 3.0
     assert report["standard_error"]["student"] == 0.068
     assert (report["items"], report["recovery"]) == (40, 0.5)
-    assert report["gate"] == {"passed": True, "reasons": []}
+    assert report["failed"]["student"] == 3
     assert report["cache"] == {
         "bytes_per_token_16bit": 400.0,
         "bytes_per_token": 100.0,

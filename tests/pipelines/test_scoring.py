@@ -24,7 +24,7 @@ class TwoModels:
 
     def answer(self, prompts, how: Decoding) -> list[Completion | Failed]:
         assert (how.max_new_tokens, how.temperature) == (16, 0.0)
-        return [self.answers[text[3:].split("\n")[0]] for text in prompts]
+        return [self.answers[text[3:].split("\n")[0]] for text in prompts]  # type: ignore[misc]  # a score is for score()
 
     def propose(self, prompts, how: Decoding) -> list[Completion | Failed]:
         raise AssertionError("scoring proposes nothing")
