@@ -14,10 +14,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 # For each stage: what came in, counted in the tables of the stages before it, and what became of
 # it, counted in its own. `expand` asks three times of one proposal; the last answer counts.
 IN = {
-    "ingest": "SELECT count(*) FROM raw",
+    "ingest": "SELECT count(*) FROM raw WHERE _stage = 'ingest'",
     "score": "SELECT count(*) FROM prompts WHERE _stage = 'ingest' AND status = 'kept'",
     "select": "SELECT count(*) FROM scores WHERE _stage = 'score' AND status = 'kept'",
-    "expand": "SELECT count(*) FROM prompts WHERE _stage = 'expand'",
+    "expand": "SELECT count(*) FROM raw WHERE _stage = 'expand'",
     "curate": "SELECT count(*) FROM selections WHERE status = 'kept'",
     "distill": "SELECT count(*) FROM corpus WHERE status = 'kept' AND split = 'train'",
     "evaluate": "SELECT 4 * count(*) FROM questions WHERE status = 'kept'",

@@ -39,7 +39,7 @@ MOMENTS = (
     "finished:score",
     "shard:select:pool-00000",
     "finished:select",
-    "shard:expand:round-02-b-score-00000",
+    "shard:expand:round-02-c-score-00000",
     "finished:expand",
     "shard:curate:candidates-00001",
     "unfinished:curate",
@@ -159,7 +159,7 @@ def test_a_kill_at_the_boundary_leaves_the_stage_finished(chain: Chain, stage: s
     "moment",
     [
         "shard:score:00001",
-        "shard:expand:round-02-b-score-00000",
+        "shard:expand:round-02-c-score-00000",
         "shard:evaluate:specialist-00000",
         "shard:compress:measure",
         "shard:deploy:export",

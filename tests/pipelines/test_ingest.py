@@ -89,6 +89,17 @@ def test_a_question_that_is_too_long_is_no_leak(line: Line) -> None:
     ]
 
 
+def test_a_question_that_is_set_aside_for_its_form_is_no_leak(line: Line) -> None:
+    """With the template it is too long; the same text without the template is a prompt."""
+    line.tree["data"] |= {"max_prompt_tokens": 3, "template": {"prompt": "Q: {text}"}}
+    line.tree["data"]["pool"][0]["template"] = "none"
+    line.questions(**{"a b": "A", "c": "B"})
+    line.pool("a b")
+    line.run("ingest")
+    assert prompts(line) == [("a b", "kept", None)]
+    assert line.rows("SELECT text FROM questions WHERE status = 'kept'") == [("c",)]
+
+
 def test_malformed_lines_are_set_aside_with_their_numbers(asked: Line) -> None:
     asked.jsonl(
         "pool", [{"prompt": "good"}, "{broken", "[1]", {"other": 1}, {"prompt": ""}, {"prompt": 5}]
