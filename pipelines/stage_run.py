@@ -92,7 +92,7 @@ class StageRun:
             return ModelSpec(models.specialist)
         if models.adapter == "stage:specialize":
             return ModelSpec(models.base, self.adapter("specialize"))
-        return ModelSpec(models.base, Path(str(models.adapter).removeprefix("peft:")))
+        return ModelSpec(models.base, Path(str(models.adapter).removeprefix("peft:")).expanduser())
 
     @property
     def student(self) -> ModelSpec:
