@@ -17,7 +17,7 @@ from stillhouse.storage.manifest import Manifest, StageEntry
 from stillhouse.workers.models.size import parameters
 from stillhouse.workers.sources.reader import read
 
-FLOPS_PER_CORE = 70e9  # SmolLM2-135M runs 270 tokens/s forward on one core (docs/measurements.md)
+FLOPS_PER_CORE = 70e9  # SmolLM2-135M runs 270 tokens/s forward on one core
 PROMPT_TOKENS = 30
 ANSWER_TOKENS = 5
 ROW_BYTES = 300  # a Parquet row of text, ids and a few log-probabilities

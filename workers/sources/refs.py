@@ -1,6 +1,6 @@
 """Data references: what they mean, the files behind them, and a fingerprint of what they hold.
 
-    jsonl:path   csv:path   parquet:path        files, relative ones from the recipe's folder
+    jsonl:path   csv:path   parquet:path        files, relative ones from the working directory
     package:<dist>/<file>                       a file of an installed distribution, by its suffix
     hf:dataset@revision?split=train&config=…    a data set of the Hugging Face hub
     builtin:icd10cm?split=pool&categories=40&…  generated from installed packages
