@@ -238,7 +238,7 @@ def test_the_default_is_a_database_beside_the_runs(folder, monkeypatch, tmp_path
     assert run.info.artifact_uri.startswith(f"file://{tmp_path}/runs/mlartifacts/")
 
 
-@pytest.mark.parametrize("uri", ["./mlruns", "file:///tmp/mlruns", "sqlite:///relative.db"])
+@pytest.mark.parametrize("uri", ["./mlruns", "file:///mlruns", "sqlite:///relative.db"])
 def test_a_place_that_mlflow_would_refuse_is_refused_first(folder: RunFolder, uri: str) -> None:
     with pytest.raises(ConfigError, match="expected sqlite:///<absolute path>"):
         Tracker(folder, EventLog(folder), uri, "e", "r")
