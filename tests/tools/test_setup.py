@@ -1,4 +1,4 @@
-"""`tools/setup.sh` mends what a kill or an older version left, with a Python that only takes notes."""
+"""`tools/setup.sh` mends what a kill or an older version left; its Python here only takes notes."""
 
 import os
 import shutil
