@@ -12,14 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stillhouse.errors import IntegrityError
-from stillhouse.storage.durable import staged, sweep
+from stillhouse.storage.durable import staged
 from stillhouse.storage.integrity import CURE, file_entry
 from stillhouse.storage.layout import RunFolder
 from stillhouse.storage.manifest import FileEntry
 from stillhouse.storage.records import TABLES, Record
 from stillhouse.storage.schema import schema_of, table_of
 
-__all__ = ["hash_artifact", "hash_artifacts", "read_rows", "sweep", "write_shard"]
+__all__ = ["hash_artifact", "hash_artifacts", "read_rows", "write_shard"]
 
 R = TypeVar("R", bound=Record)
 

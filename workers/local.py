@@ -68,10 +68,6 @@ class LocalWorkers:
         bos = codec.bos
         return [len(row) + (bos is not None and row[:1] != [bos]) for row in rows]
 
-    def context(self, ref: str) -> int:
-        """The model's context length, in tokens."""
-        return self._models.codec(ref).context
-
     def train(self, job: TrainJob, on_step: Callable[[TrainStep, int], None]) -> TrainOutcome:
         """Train; a job that ran to its end before answers from its record, without torch."""
         from stillhouse.workers.training_record import finished_outcome

@@ -191,9 +191,6 @@ class Workers(Protocol):
     def count_tokens(self, ref: str, texts: Sequence[str]) -> list[int]:
         """Tokens of each text under a model's tokenizer, BOS included."""
 
-    def context(self, ref: str) -> int:
-        """The model's context length, in tokens."""
-
     def train(self, job: TrainJob, on_step: Callable[[TrainStep, int], None]) -> TrainOutcome:
         """Train; `on_step` hears of each new step and the number of steps in all."""
 

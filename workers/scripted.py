@@ -56,7 +56,6 @@ class ScriptedWorkers:
     """
 
     scripts: Mapping[str, Script]
-    context_tokens: int = 512
     calls: dict[str, int] = field(default_factory=dict)
 
     def pair(self, specialist: ModelSpec, base: ModelSpec) -> PairWorker:
@@ -71,10 +70,6 @@ class ScriptedWorkers:
         """Words, and one for BOS."""
         self.count("count_tokens", len(texts))
         return [len(text.split()) + 1 for text in texts]
-
-    def context(self, ref: str) -> int:
-        """The same for every model."""
-        return self.context_tokens
 
     def train(self, job: TrainJob, on_step: Callable[[TrainStep, int], None]) -> TrainOutcome:
         """Invent a falling loss; write an adapter folder without weights, and its record."""

@@ -21,7 +21,6 @@ from stillhouse.storage.shards import (
     hash_artifact,
     hash_artifacts,
     read_rows,
-    sweep,
     write_shard,
 )
 

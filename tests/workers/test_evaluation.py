@@ -13,7 +13,7 @@ from stillhouse.workers.divergence import (
     log_softmax64,
     measure_cache,
 )
-from stillhouse.workers.evaluation import exact_match, perplexity
+from stillhouse.workers.evaluation import exact_match
 from stillhouse.workers.protocols import CacheMeasure, Failed, Pair
 from stillhouse.workers.scorer import response_logps
 
@@ -42,14 +42,6 @@ def test_exact_match(prediction, reference, same):
 @given(st.text())
 def test_a_text_matches_itself_in_any_frame(text):
     assert exact_match(f"  {text} ", text)
-
-
-def test_perplexity_by_hand():
-    assert perplexity([math.log(1 / 4), math.log(1 / 2) * 2], 3) == pytest.approx(16 ** (1 / 3))
-    assert perplexity([0.0], 5) == 1.0
-    assert perplexity([-1e9], 1) == math.inf
-    with pytest.raises(ValueError, match="at least one token"):
-        perplexity([], 0)
 
 
 def test_divergence_by_hand():
