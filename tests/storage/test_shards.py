@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillhouse.errors import IntegrityError, StorageFullError
+from stillhouse.storage.durable import sweep
 from stillhouse.storage.layout import RunFolder
 from stillhouse.storage.records import TABLES, CompletionRecord, Record, ScoreRecord
 from stillhouse.storage.shards import (
