@@ -80,7 +80,7 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         old = merged.get(key)
         both = isinstance(old, dict) and isinstance(value, dict)
-        merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]  # both are mappings
+        merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]  # mappings
     return merged
 
 
