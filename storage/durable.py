@@ -19,8 +19,8 @@ _FULL = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "the disk qu
 _SUFFIX = ".tmp"
 
 
-def sync_folder(path: Path) -> None:
-    """Make the names in `path` durable: a rename is only that after its folder is synced."""
+def sync_path(path: Path) -> None:
+    """Make a file's bytes, or the names in a folder, durable: a rename needs its folder synced."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -29,18 +29,21 @@ def sync_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def full_disk_explained(path: Path, needed: int) -> Iterator[None]:
-    """Turn "disk full" into StorageFullError naming `path`, the `needed` and the free bytes."""
+def full_disk_explained(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn "disk full" into StorageFullError naming `path`, the free bytes, and those `needed`."""
     try:
         yield
     except OSError as error:
         if error.errno not in _FULL:
             raise
         free = shutil.disk_usage(_existing(path)).free
+        room = f"{free:,} bytes are free"
+        if needed is not None:
+            room = f"about {needed:,} bytes are needed, {free:,} are free"
         raise StorageFullError(
-            f"{_FULL[error.errno]} while writing {path}: about {needed:,} bytes are needed, "
-            f"{free:,} are free. Free some space (old runs and model caches are the usual places) "
-            "and start the same command again: everything committed so far is kept."
+            f"{_FULL[error.errno]} while writing {path}: {room}. Free some space (old runs "
+            "and model caches are the usual places) and start the same command again: everything "
+            "committed so far is kept."
         ) from error
 
 
@@ -64,7 +67,7 @@ def staged(path: Path, needed: int) -> Iterator[Path]:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
-            sync_folder(path.parent)
+            sync_path(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

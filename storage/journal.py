@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from stillhouse.errors import IntegrityError
-from stillhouse.storage.durable import full_disk_explained, sync_folder
+from stillhouse.storage.durable import full_disk_explained, sync_path
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 
@@ -72,7 +72,7 @@ class Journal:
                 os.close(descriptor)
             self._end = end + len(data)
             if is_new:
-                sync_folder(self.path.parent)
+                sync_path(self.path.parent)
 
     def _good_end(self, size: int) -> int:
         """Return where the last good line ends; the file is read when it is not as we left it."""

@@ -3,13 +3,12 @@
 import errno
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from stillhouse.errors import StorageFullError
+from stillhouse.storage.durable import full_disk_explained, sync_path
 
 HASHES = "hashes.json"  # written last; a folder without it was never finished
 
@@ -23,25 +22,22 @@ def atomic_folder(target: Path, *, seal: bool = True) -> Iterator[Path]:
     """
     temporary = target.with_name(f".partial-{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if seal:
-            _seal(temporary)
-        for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
-        _sync(target.parent)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if _is_disk_full(error):
-            raise StorageFullError(
-                f"expected room for {target}, found none left on the device ({error}); free some "
-                "space and run again: what was committed before is still there"
-            ) from error
-        raise
+    with full_disk_explained(target):
+        try:
+            temporary.mkdir(parents=True)
+            with _full_disk_as_os_error():
+                yield temporary
+            if seal:
+                _seal(temporary)
+            for path in [*temporary.rglob("*"), temporary]:
+                sync_path(path)
+            if target.exists():
+                shutil.rmtree(target)
+            temporary.rename(target)
+            sync_path(target.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def is_sealed(folder: Path) -> bool:
@@ -74,16 +70,13 @@ def _seal(folder: Path) -> None:
     )
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _is_disk_full(error: BaseException) -> bool:
+@contextmanager
+def _full_disk_as_os_error() -> Iterator[None]:
     """safetensors wraps the system's error in its own and keeps only the text."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOSPC
-    return "code: 28" in str(error) and "No space left" in str(error)
+    try:
+        yield
+    except Exception as error:  # its class is that of a library not loaded here
+        text = str(error)
+        if isinstance(error, OSError) or "code: 28" not in text or "No space left" not in text:
+            raise
+        raise OSError(errno.ENOSPC, text) from error

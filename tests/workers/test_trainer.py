@@ -418,6 +418,6 @@ def test_a_full_disk_is_named_and_leaves_no_half_checkpoint(fresh, job, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("stillhouse.workers.checkpoints.save_file", full)
-    with pytest.raises(StorageFullError, match="free some space"):
+    with pytest.raises(StorageFullError, match="Free some space"):
         trainer.train(fresh(), job(), ignore)
     assert list((job().folder / "checkpoints").iterdir()) == []
