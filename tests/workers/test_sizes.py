@@ -1,0 +1,66 @@
+"""The number of parameters, counted from headers: what an estimate rests on."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from stillhouse.errors import ModelError
+from stillhouse.workers.models import toy
+from stillhouse.workers.models.language_model import load
+from stillhouse.workers.models.size import parameters
+from stillhouse.workers.models.store import ModelStore
+from stillhouse.workers.protocols import ModelSpec
+
+
+def test_a_gguf_header_counts_elements_and_not_bytes(tmp_path):
+    """A quantised tensor has fewer bytes than elements times two."""
+    path = tmp_path / "small.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    q8 = gguf.GGMLQuantizationType.Q8_0
+    matrix = np.ones((3, 64), dtype=np.float32)
+    writer.add_tensor("blk.0.ffn_up.weight", gguf.quantize(matrix, q8), raw_dtype=q8)
+    writer.add_tensor("output_norm.weight", np.ones(7, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert parameters(f"gguf:{path}") == 3 * 64 + 7
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    path.rename(folder / path.name)
+    assert parameters(str(folder)) == 3 * 64 + 7
+
+
+def test_a_folder_counts_the_tensors_of_all_its_safetensors(tmp_path):
+    first = {"a": torch.ones(2, 3, 5), "scalar": torch.tensor(1.0)}
+    save_file(first, tmp_path / "model-1.safetensors", metadata={"format": "pt"})
+    save_file({"b": torch.ones(11, dtype=torch.bfloat16)}, tmp_path / "model-2.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    assert parameters(str(tmp_path)) == 2 * 3 * 5 + 1 + 11
+
+
+def test_a_model_folder_counts_what_the_model_has(model_folders, lm):
+    tied = {p.data_ptr(): p.numel() for p in lm.model.parameters()}
+    assert parameters(str(model_folders[lm.name])) == sum(tied.values())
+
+
+def test_toys_by_hand():
+    """Two layers each: query and output, key and value, then the three matrices of the MLP."""
+    assert parameters("toy:llama") == 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    assert parameters("toy:gemma") == 2 * (2 * 48 * 64 + 2 * 48 * 32 + 3 * 48 * 96)
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("name", sorted(toy.TOYS))
+def test_a_toy_has_that_many_in_the_matrices_of_its_layers(name, cache_root):
+    layers = load(ModelStore(cache_root), ModelSpec(f"toy:{name}")).model.get_decoder().layers
+    matrices = [p.numel() for p in layers.parameters() if p.ndim == 2]
+    assert parameters(f"toy:{name}") == sum(matrices)
+
+
+@pytest.mark.parametrize("ref", ["toy:lama", "nowhere/model", "gguf:nowhere.gguf", "what:x"])
+def test_a_model_that_is_not_there_is_named(ref):
+    with pytest.raises(ModelError, match=ref):
+        parameters(ref)
