@@ -22,6 +22,7 @@ from stillhouse.storage.integrity import verify
 from stillhouse.storage.layout import RunFolder
 from stillhouse.storage.lock import RunLock
 from stillhouse.storage.manifest import Counts, Manifest, StageEntry
+from stillhouse.storage.redaction import redacted
 from stillhouse.workers.protocols import Workers
 
 Resume = Literal["auto", "never", "must"]
@@ -102,7 +103,8 @@ class Runner:
             self.folder.report.unlink(missing_ok=True)
             manifest = Manifest(self.folder)
         sweep(self.folder)
-        self._write_json(self.folder.recipe, self.recipe.model_dump(mode="json"))
+        recipe = redacted("", self.recipe.model_dump(mode="json"))  # for people: never read back
+        self._write_json(self.folder.recipe, recipe)
         self._write_json(self.folder.plan, keys)
         return manifest
 

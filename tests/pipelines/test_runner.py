@@ -161,6 +161,14 @@ def test_the_files_of_a_run_keep_the_order_of_the_line(whole: Line) -> None:
     assert list(report(whole)["stages"]) == names
 
 
+def test_the_written_recipe_holds_no_password(whole: Line) -> None:
+    whole.tree["tracking"]["uri"] = "https://user:pass@example.org/mlflow"
+    whole.run("ingest")
+    text = whole.runner().folder.recipe.read_text()
+    assert json.loads(text)["tracking"]["uri"] == "https://[redacted]@example.org/mlflow"
+    assert json.loads(text)["data"] == whole.recipe.model_dump(mode="json")["data"]
+
+
 def test_a_second_runner_is_told(whole: Line) -> None:
     folder = whole.runner().folder
     with RunLock(folder), pytest.raises(LockedError, match="is being run by process"):
