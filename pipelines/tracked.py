@@ -143,7 +143,7 @@ class TrackingObserver(Observer):
         if facts["refused"]:
             return
         path = (self._folder.root / str(facts["model"])).resolve()
-        tags = {"stillhouse.key": entry.key, "stillhouse.run": self._recipe.name}
+        tags = {"stillhouse.key.deploy": entry.key, "stillhouse.run": self._recipe.name}
         name = facts["name"]
         task = "text-generation"
         self._log.emit("model", entry.stage, path=str(path), name=name, task=task, tags=tags)

@@ -84,6 +84,14 @@ def test_credentials_are_never_written(folder: RunFolder) -> None:
     assert event.data["params"]["eos_token"] == "<eos>"
 
 
+def test_a_stage_key_is_no_credential(folder: RunFolder) -> None:
+    """The server tells the runs of a stage apart by it."""
+    log = EventLog(folder)
+    log.emit("stage_started", "score", key="1f", params={"api": {"key": "hf_abc123"}})
+    (event,) = log.pending("c")
+    assert event.data == {"key": "1f", "params": {"api": {"key": "[redacted]"}}}
+
+
 @pytest.mark.parametrize(
     ("name", "secret"),
     [
