@@ -12,8 +12,8 @@ class Observer:
     def note(self, text: str) -> None:
         """Something a user should know."""
 
-    def run_opened(self) -> None:
-        """The run is ours: its lock is held."""
+    def run_opened(self, keys: Mapping[str, str]) -> None:
+        """The run is ours: its lock is held. `keys` are those of all its stages."""
 
     def run_started(self, name: str, keys: Mapping[str, str]) -> None:
         """There is work to do."""
@@ -50,9 +50,9 @@ class Observers(Observer):
         for member in self._members:
             member.note(text)
 
-    def run_opened(self) -> None:
+    def run_opened(self, keys: Mapping[str, str]) -> None:
         for member in self._members:
-            member.run_opened()
+            member.run_opened(keys)
 
     def run_started(self, name: str, keys: Mapping[str, str]) -> None:
         for member in self._members:

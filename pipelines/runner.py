@@ -62,7 +62,7 @@ class Runner:
         stages, keys = self._chosen(until), self.keys()
         self.folder.root.mkdir(parents=True, exist_ok=True)
         with RunLock(self.folder):
-            self.observer.run_opened()
+            self.observer.run_opened(keys)
             manifest = self._start(resume, keys)
             fresh = not self._is_reported(manifest, keys, stages)
             if fresh:

@@ -5,7 +5,8 @@ start uploads what is missing.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,11 @@ class TrackingObserver(Observer):
         experiment = recipe.tracking.experiment
         self._tracker = Tracker(self._folder, self._log, uri, experiment, recipe.name)
         self._started = False
+        self._keys: Mapping[str, str] = {}
 
-    def run_opened(self) -> None:
+    def run_opened(self, keys: Mapping[str, str]) -> None:
         """Upload what an earlier start could not."""
+        self._keys = keys
         self._upload()
 
     def run_started(self, name: str, keys: Mapping[str, str]) -> None:
@@ -73,7 +76,7 @@ class TrackingObserver(Observer):
         self._log.emit("metric", stage, name=name, value=value, step=step)
 
     def stage_finished(self, entry: StageEntry) -> None:
-        for table, files in self._tables(entry).items():
+        for table, files in self._tables(entry.stage).items():
             self._log.emit("dataset", entry.stage, **self._dataset(entry, table, files))
         if entry.stage == "deploy":
             self._register(entry)
@@ -113,30 +116,38 @@ class TrackingObserver(Observer):
         except TrackingError as error:
             self._console.note(str(error))
 
-    def _tables(self, entry: StageEntry) -> dict[str, list[FileEntry]]:
+    @cached_property
+    def _manifest(self) -> Manifest:
+        """Made when it is first asked, because `--resume never` begins a new file."""
+        return Manifest(self._folder)
+
+    def _tables(self, stage: str) -> dict[str, list[FileEntry]]:
+        """The files that a stage has under its key of this run, by table, in order of shard."""
         tables: dict[str, list[FileEntry]] = {}
-        for shard in Manifest(self._folder).shards(entry.stage, entry.key).values():
+        for _, shard in sorted(self._manifest.shards(stage, self._keys[stage]).items()):
             for file in shard.files:
                 tables.setdefault(file.table, []).append(file)
         return tables
 
     def _dataset(self, entry: StageEntry, table: str, files: list[FileEntry]) -> dict[str, Any]:
-        parents = next(s.after for s in chain(self._recipe) if s.name == entry.stage)
-        digest = hashlib.sha256("".join(file.sha256 for file in files).encode()).hexdigest()
+        after = next(s.after for s in chain(self._recipe) if s.name == entry.stage)
         path = self._folder.stage_dir(entry.stage, entry.key) / table
+        parents = [self._names(parent) for parent in after if parent in self._keys]
         return {
             "name": f"{entry.stage}.{table}",
             "path": str(path.resolve()),
-            "digest": digest[:16],
+            "digest": _digest(files),
             "rows": sum(file.rows for file in files),
             "source": f"stage {entry.stage}, key {entry.key}",
-            "parents": [name for parent in parents for name in self._names(parent)],
+            "parents": [name for names in parents for name in names],
         }
 
-    def _names(self, stage: str) -> list[str]:
-        """Names of the data sets a stage wrote, as `_dataset` names them."""
-        history = Manifest(self._folder).stages_history(stage)
-        return [f"{stage}.{table}" for table in self._tables(history[-1])] if history else []
+    def _names(self, stage: str) -> list[dict[str, str]]:
+        """Names and digests of the data sets that a stage wrote, as `_dataset` gives them."""
+        return [
+            {"name": f"{stage}.{table}", "digest": _digest(files)}
+            for table, files in self._tables(stage).items()
+        ]
 
     def _register(self, entry: StageEntry) -> None:
         facts = entry.facts
@@ -149,6 +160,10 @@ class TrackingObserver(Observer):
         self._log.emit("model", entry.stage, path=str(path), name=name, task=task, tags=tags)
         if facts["promoted"]:
             self._log.emit("promote", entry.stage, name=name)
+
+
+def _digest(files: Sequence[FileEntry]) -> str:
+    return hashlib.sha256("".join(file.sha256 for file in files).encode()).hexdigest()[:16]
 
 
 _HEADLINES = ("accuracy", "perplexity", "recovery", "cache")

@@ -8,7 +8,8 @@ must be able to take one twice.
     run_started     params, tags            one per invocation; a resumed run has several
     stage_started   key, params
     metric          name, value, step
-    dataset         name, path, digest, rows, source, parents (names of datasets it was made from)
+    dataset         name, path, digest, rows, source, parents (name and digest of each dataset it
+                    was made from)
     stage_finished  counts, seconds, tokens, status ("finished" or "failed")
     artifact        path
     model           path, name, task, tags

@@ -28,6 +28,7 @@ from stillhouse.storage.tracking_fields import (
     MAX_BATCH,
     MAX_METRICS,
     clipped,
+    dataset_id,
     digest_of,
     entity_name,
     flattened,
@@ -264,18 +265,18 @@ class _Upload:
 
     def _dataset(self, event: Event) -> None:
         """Log a table as its stage's output and the tables it was made from as its inputs."""
-        parents = [str(name) for name in event.data.get("parents") or ()]
+        parents = [dataset_id(parent) for parent in event.data.get("parents") or ()]
         known = [self._state.datasets[name] for name in parents if name in self._state.datasets]
         inputs = [self._dataset_input(data, "input") for data in known]
         inputs.append(self._dataset_input(event.data, "output"))
         self._client.log_inputs(self._run_of(event), datasets=inputs)
-        self._state.datasets[event.data["name"]] = event.data
+        self._state.datasets[dataset_id(event.data)] = event.data
         self._save()
 
     def _dataset_input(self, data: Mapping[str, Any], context: str) -> "DatasetInput":
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        parents = list(data.get("parents") or ())
+        parents = [dataset_id(parent) for parent in data.get("parents") or ()]
         profile = {"num_rows": data.get("rows"), "parents": parents, "made_by": data.get("source")}
         dataset = Dataset(
             name=clipped(str(data["name"]), 500),

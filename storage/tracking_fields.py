@@ -35,6 +35,11 @@ def digest_of(sha256: str) -> str:
     return sha256[:36]
 
 
+def dataset_id(data: Mapping[str, object]) -> str:
+    """Return what tells a dataset's contents apart: its name and digest."""
+    return f"{data['name']}@{digest_of(str(data['digest']))}"
+
+
 def flattened(value: object, prefix: str = "") -> dict[str, str]:
     """Return nested settings as `a.b.c: text`; lists are written as they are."""
     if not isinstance(value, Mapping):

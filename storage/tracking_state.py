@@ -22,7 +22,7 @@ class TrackingState:
     parent: str | None = None  # run id
     children: dict[str, str] = field(default_factory=dict)  # "stage/key" -> run id
     current: dict[str, str] = field(default_factory=dict)  # stage -> key of its last start
-    datasets: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> last event data
+    datasets: dict[str, dict[str, Any]] = field(default_factory=dict)  # "name@digest" -> event data
     versions: dict[str, str] = field(default_factory=dict)  # model name -> version we registered
 
     @classmethod

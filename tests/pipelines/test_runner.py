@@ -25,7 +25,7 @@ class Listener(Observer):
     def __init__(self) -> None:
         self.heard: list[str] = []
 
-    def run_opened(self) -> None:
+    def run_opened(self, keys) -> None:
         self.heard.append("opened")
 
     def run_started(self, name, keys) -> None:

@@ -11,6 +11,7 @@ from stillhouse.pipelines.observer import Observer, Observers
 from stillhouse.pipelines.tracked import TrackingObserver
 from stillhouse.storage.layout import RunFolder
 from stillhouse.storage.tracking import Tracker
+from stillhouse.workers.scripted import Script
 from tests.pipelines.conftest import Line
 
 
@@ -73,3 +74,21 @@ def test_a_refusal_at_the_end_leaves_the_run_finished(
     assert whole.runner(tracking).run()["stages"].keys() >= {"deploy"}
     assert events(whole)[-1]["kind"] == "run_finished"
     assert console.notes[-1] == "the tracking server refused event 3"
+
+
+def datasets(found: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {e["data"]["name"]: e["data"] for e in found if e["kind"] == "dataset"}
+
+
+def test_parents_are_named_with_the_digest_that_was_read(whole: Line) -> None:
+    first = datasets(start(whole))
+    whole.tree["score"] = {"max_new_tokens": 9}
+    whole.workers.scripts["base"] = Script(lambda prompt: "a new thing", lambda pair: -3.0)
+    second = datasets(start(whole))
+    whole.tree["score"] = {}  # the last entry of `score` is now of other settings
+    whole.tree["select"] = {"budget": 1}
+    third = datasets(start(whole))
+    assert "score.scores" not in third
+    assert second["score.scores"]["digest"] != first["score.scores"]["digest"]
+    [read] = [p for p in third["select.selections"]["parents"] if p["name"] == "score.scores"]
+    assert read["digest"] == first["score.scores"]["digest"]

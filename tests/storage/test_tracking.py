@@ -58,9 +58,13 @@ def tell_the_first_half(log: EventLog) -> None:
         "dataset", "score", name="prompts", path="p.parquet", digest="a" * 64, rows=9,
         source="ingest", parents=[],
     )  # fmt: skip
+    log.emit(  # of other settings: not what the scores below were made from
+        "dataset", "score", name="prompts", path="q.parquet", digest="c" * 64, rows=8,
+        source="ingest", parents=[],
+    )  # fmt: skip
     log.emit(
         "dataset", "score", name="scores", path="s.parquet", digest="b" * 64, rows=7,
-        source="score", parents=["prompts"],
+        source="score", parents=[{"name": "prompts", "digest": "a" * 64}],
     )  # fmt: skip
     counts = {"rows_in": 9, "kept": 7, "rejected": 0, "failed": 2}
     log.emit("stage_finished", "score", counts=counts, seconds=2.0, tokens=500, status="finished")
@@ -111,7 +115,7 @@ def test_a_run_its_outage_and_its_resume_are_read_back(folder, mlflow_server, cl
         return Tracker(folder, EventLog(folder), mlflow_server.uri, experiment, "tiny")
 
     assert tracker().probe() is None
-    assert tracker().flush() == 6 + 1_200
+    assert tracker().flush() == 7 + 1_200
     assert tracker().flush() == 0
 
     # An outage: the run says so, goes on, and keeps what happened.
@@ -125,7 +129,7 @@ def test_a_run_its_outage_and_its_resume_are_read_back(folder, mlflow_server, cl
     # A kill before the ids and the acknowledgement are written: everything is told twice.
     assert tracker().flush() == 6
     forget_all_but_the_identity(folder)
-    assert tracker().flush() == 6 + 1_200 + 6
+    assert tracker().flush() == 7 + 1_200 + 6
 
     parent, children = runs_of(client, experiment)
     assert parent.info.run_name == "tiny"
@@ -172,14 +176,16 @@ def check_datasets(run) -> None:
         for tag in found.tags
         if tag.key == "mlflow.data.context"
     }
-    assert len(run.inputs.dataset_inputs) == 2
-    assert set(logged) >= {("scores", "output")}
+    assert {(name, context) for name, context in logged} >= {("scores", "output")}
     scores = logged["scores", "output"]
     assert scores.digest == "b" * 36
     assert json.loads(scores.source)["uri"].endswith("s.parquet")
     profile = json.loads(scores.profile)
-    assert profile == {"num_rows": 7, "parents": ["prompts"], "made_by": "score"}
-    assert "prompts" in {found.dataset.name for found in run.inputs.dataset_inputs}
+    assert profile == {"num_rows": 7, "parents": [f"prompts@{'a' * 36}"], "made_by": "score"}
+    found = [item.dataset for item in run.inputs.dataset_inputs]
+    assert {f"{dataset.name} {dataset.digest[0]}" for dataset in found} == {
+        "prompts a", "prompts c", "scores b",
+    }  # fmt: skip
 
 
 def check_model(client, run) -> None:
