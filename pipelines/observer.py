@@ -39,6 +39,9 @@ class Observer:
     def run_finished(self, report: Mapping[str, Any]) -> None:
         """The whole line is done."""
 
+    def run_cached(self, report: Mapping[str, Any]) -> None:
+        """The whole line was done and reported before."""
+
 
 class Observers(Observer):
     """Several observers, told in order."""
@@ -85,3 +88,7 @@ class Observers(Observer):
     def run_finished(self, report: Mapping[str, Any]) -> None:
         for member in self._members:
             member.run_finished(report)
+
+    def run_cached(self, report: Mapping[str, Any]) -> None:
+        for member in self._members:
+            member.run_cached(report)

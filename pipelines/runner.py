@@ -78,6 +78,8 @@ class Runner:
             if fresh:
                 self._write_json(self.folder.report, report)
                 self.observer.run_finished(report)
+            else:
+                self.observer.run_cached(report)
         return report
 
     def _chosen(self, until: str | None) -> Sequence[Stage]:

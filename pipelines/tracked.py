@@ -1,7 +1,10 @@
 """A run that is logged: its events go to a local file first and from there to MLflow.
 
 The server may be away at any time. The run goes on, the events stay in the file, and the next
-start uploads what is missing.
+start uploads what is missing. A kill may come between what the manifest or the report says and its
+events: the next start finds that the file lacks them and writes them then. What was done while
+`tracking.enabled` was off is told in the same way by the first start that has it on (but for the
+figures along the way, such as each step's loss, which nobody wrote down).
 """
 
 import hashlib
@@ -16,6 +19,7 @@ from stillhouse.pipelines.local import local_runner
 from stillhouse.pipelines.observer import Observer, Observers
 from stillhouse.pipelines.presets import chain
 from stillhouse.pipelines.runner import Resume
+from stillhouse.pipelines.told import Told
 from stillhouse.storage.events import EventLog
 from stillhouse.storage.layout import RunFolder
 from stillhouse.storage.manifest import FileEntry, Manifest, StageEntry
@@ -75,6 +79,16 @@ class TrackingObserver(Observer):
     def metric(self, stage: str, name: str, value: float, step: int) -> None:
         self._log.emit("metric", stage, name=name, value=value, step=step)
 
+    def stage_cached(self, entry: StageEntry) -> None:
+        """Tell what the log lacks of a stage that was finished before; the server takes it twice
+        without harm where only a part was missing.
+        """
+        if (entry.stage, entry.key) in self._told.stages:
+            return
+        self._begin()
+        self.stage_started(entry.stage, entry.key, 0)
+        self.stage_finished(entry)
+
     def stage_finished(self, entry: StageEntry) -> None:
         for table, files in self._tables(entry.stage).items():
             self._log.emit("dataset", entry.stage, **self._dataset(entry, table, files))
@@ -84,6 +98,7 @@ class TrackingObserver(Observer):
         self._log.emit(
             "stage_finished",
             entry.stage,
+            key=entry.key,
             counts={
                 "rows_in": counts.rows_in,
                 "kept": counts.kept,
@@ -99,8 +114,15 @@ class TrackingObserver(Observer):
     def run_finished(self, report: Mapping[str, Any]) -> None:
         self._log.emit("artifact", path=str(self._folder.report.resolve()))
         metrics = _numbers(_flat({key: report.get(key) for key in _HEADLINES}))
-        self._log.emit("run_finished", status="finished", metrics=metrics)
+        told = {"metrics": metrics, "report": self._report_digest()}
+        self._log.emit("run_finished", status="finished", **told)
         self._upload()
+
+    def run_cached(self, report: Mapping[str, Any]) -> None:
+        """Tell the result where the log's last word is another one."""
+        if self._started or self._told.report != self._report_digest():
+            self._begin()
+            self.run_finished(report)
 
     def run_failed(self, error: StillhouseError) -> None:
         """Say that the run stopped; the error itself is told by whoever caught it."""
@@ -108,6 +130,17 @@ class TrackingObserver(Observer):
             self._log.emit("run_finished", status="failed", metrics={})
             self._console.note(f"run {self._recipe.name} stopped: {type(error).__name__}")
             self._upload()
+
+    def _begin(self) -> None:
+        if not self._started:
+            self.run_started(self._recipe.name, self._keys)
+
+    @cached_property
+    def _told(self) -> Told:
+        return Told.read(self._log)
+
+    def _report_digest(self) -> str:
+        return hashlib.sha256(self._folder.report.read_bytes()).hexdigest()[:16]
 
     def _upload(self) -> None:
         """A refusal does not stop the work: the events stay, and the next upload tries again."""
@@ -156,8 +189,15 @@ class TrackingObserver(Observer):
         path = (self._folder.root / str(facts["model"])).resolve()
         tags = {"stillhouse.key.deploy": entry.key, "stillhouse.run": self._recipe.name}
         name = facts["name"]
-        task = "text-generation"
-        self._log.emit("model", entry.stage, path=str(path), name=name, task=task, tags=tags)
+        self._log.emit(
+            "model",
+            entry.stage,
+            path=str(path),
+            name=name,
+            task="text-generation",
+            tags=tags,
+            digest=_digest(entry.files),
+        )
         if facts["promoted"]:
             self._log.emit("promote", entry.stage, name=name)
 

@@ -10,11 +10,11 @@ must be able to take one twice.
     metric          name, value, step
     dataset         name, path, digest, rows, source, parents (name and digest of each dataset it
                     was made from)
-    stage_finished  counts, seconds, tokens, status ("finished" or "failed")
+    stage_finished  key, counts, seconds, tokens, status ("finished" or "failed")
     artifact        path
-    model           path, name, task, tags
+    model           path, name, task, tags, digest (of its files; the same ones are uploaded once)
     promote         name
-    run_finished    status ("finished" or "failed"), metrics
+    run_finished    status ("finished" or "failed"), metrics, report (digest of the file)
 """
 
 import json
@@ -93,6 +93,10 @@ class EventLog:
         self._journal.append([event], sync=kind != "metric")
         self._last += 1
         return self._last
+
+    def read(self) -> Iterator[Event]:
+        """Yield every event, whoever has taken it."""
+        return (self._event(line) for line in self._journal.read())
 
     def pending(self, cursor_name: str) -> Iterator[Event]:
         """Yield, one at a time, the events after the last acknowledged one."""

@@ -319,7 +319,8 @@ class _Upload:
 
     def _model(self, event: Event) -> None:
         """Register a checkpoint folder as a new version with the alias `candidate`."""
-        identity, name = f"{self._state.identity}/{event.id}", str(event.data["name"])
+        name = str(event.data["name"])
+        identity = f"{self._state.identity}/{event.data.get('digest') or event.id}"
         model_id = self._logged_model(identity) or self._log_model(identity, event)
         registered = self._version(identity, name, model_id, event)
         self._client.set_registered_model_alias(name, CANDIDATE, registered)

@@ -10,6 +10,7 @@ from stillhouse.errors import TrackingError
 from stillhouse.pipelines.observer import Observer, Observers
 from stillhouse.pipelines.tracked import TrackingObserver
 from stillhouse.storage.layout import RunFolder
+from stillhouse.storage.manifest import StageEntry
 from stillhouse.storage.tracking import Tracker
 from stillhouse.workers.scripted import Script
 from tests.pipelines.conftest import Line
@@ -92,3 +93,86 @@ def test_parents_are_named_with_the_digest_that_was_read(whole: Line) -> None:
     assert second["score.scores"]["digest"] != first["score.scores"]["digest"]
     [read] = [p for p in third["select.selections"]["parents"] if p["name"] == "score.scores"]
     assert read["digest"] == first["score.scores"]["digest"]
+
+
+class Killed(BaseException):
+    """Stands for a kill: nobody catches it."""
+
+
+class Killer(Observer):
+    """Dies when it hears that a stage is finished: its line is written, its events are not."""
+
+    def __init__(self, stage: str) -> None:
+        self._stage = stage
+
+    def stage_finished(self, entry: StageEntry) -> None:
+        if entry.stage == self._stage:
+            raise Killed
+
+
+def test_a_kill_just_after_a_stage_loses_no_event(whole: Line) -> None:
+    with pytest.raises(Killed):
+        start(whole, Killer("deploy"))
+    assert "stage_finished deploy" not in kinds(events(whole))
+    assert kinds(start(whole)) == [
+        *("run_started", "stage_started deploy", "dataset deploy", "model deploy"),
+        *("promote deploy", "stage_finished deploy", "artifact", "run_finished"),
+    ]
+    assert start(whole) == []
+
+
+def test_a_kill_amid_the_events_of_a_stage_tells_them_again(whole: Line) -> None:
+    start(whole)
+    told = [e for e in events(whole) if e["kind"] == "model"]
+    cut_before(whole, "stage_finished", "deploy")
+    found = start(whole)
+    [again] = [e for e in found if e["kind"] == "model"]
+    assert kinds(found)[-1] == "run_finished"
+    assert again["data"] == told[0]["data"]
+    assert len(again["data"]["digest"]) == 16  # by which the server knows it
+    assert start(whole) == []
+
+
+def test_a_kill_between_the_report_and_its_event_loses_nothing(whole: Line) -> None:
+    start(whole)
+    report = folder_of(whole).report.read_bytes()
+    cut_before(whole, "artifact", None)
+    assert kinds(start(whole)) == ["run_started", "artifact", "run_finished"]
+    assert folder_of(whole).report.read_bytes() == report
+    assert start(whole) == []
+
+
+def cut_before(line: Line, kind: str, stage: str | None) -> None:
+    """Take the event and all that follow it out of the log, as a kill before it would."""
+    path = folder_of(line).events
+    found = events(line)
+    [first] = [n for n, e in enumerate(found) if (e["kind"], e["stage"]) == (kind, stage)]
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:first]))
+
+
+def test_a_run_that_was_not_tracked_is_told_afterwards(whole: Line) -> None:
+    whole.run()
+    found = start(whole)
+    stages = [stage.name for stage in whole.runner().stages()]
+    assert kinds(found)[0] == "run_started"
+    assert kinds(found, "stage_finished") == [f"stage_finished {stage}" for stage in stages]
+    assert kinds(found)[-1] == "run_finished"
+    assert start(whole) == []
+
+
+def test_a_stage_that_was_done_anew_is_told_anew(whole: Line) -> None:
+    """`--resume never` does a stage again under the same key."""
+    start(whole, until="ingest")
+    with pytest.raises(Killed):
+        start(whole, Killer("ingest"), resume="never", until="ingest")
+    assert "stage_finished ingest" in kinds(start(whole, until="ingest"))
+
+
+def test_settings_gone_back_to_end_with_their_own_result(whole: Line) -> None:
+    start(whole)
+    whole.tree["deploy"] = {"questions": 1}
+    start(whole)
+    whole.tree["deploy"] = {}
+    whole.run()  # not tracked: the report is as it was, and the server's last word is the other's
+    found = start(whole)
+    assert kinds(found) == ["run_started", "artifact", "run_finished"]
