@@ -17,6 +17,7 @@ from stillhouse.pipelines.presets import chain
 from stillhouse.pipelines.report import build_report
 from stillhouse.pipelines.stage import Stage, Task
 from stillhouse.pipelines.stage_run import StageRun
+from stillhouse.pipelines.training_clock import carried_seconds
 from stillhouse.storage.durable import replace_file, sweep
 from stillhouse.storage.integrity import verify
 from stillhouse.storage.layout import RunFolder
@@ -154,13 +155,14 @@ class Runner:
         counts = sum((shard.counts for shard in shards), Counts())
         counts.check(stage.name)
         _check_due(stage.name, stage.rows_due(run), counts)
+        spent = time.monotonic() - started
         entry = StageEntry(
             stage=stage.name,
             key=run.key,
             files=outcome.files,
             counts=counts,
             tokens=sum(shard.tokens for shard in shards),
-            seconds=earlier + time.monotonic() - started,
+            seconds=earlier + carried_seconds(self.folder, stage.name, run.key) + spent,
             facts=dict(outcome.facts),
         )
         manifest.append(entry)

@@ -7,6 +7,7 @@ from stillhouse.configs.stages import TrainConfig
 from stillhouse.errors import TrainingError
 from stillhouse.pipelines.stage import Outcome, Part, Rows
 from stillhouse.pipelines.stage_run import StageRun
+from stillhouse.pipelines.training_clock import TrainingClock
 from stillhouse.storage.manifest import Counts, FileEntry
 from stillhouse.storage.records import ExampleRecord, TrainStepRecord
 from stillhouse.workers.protocols import (
@@ -32,8 +33,10 @@ def train(
             '`stillhouse query RUN "SELECT _stage, reason, count(*) FROM corpus GROUP BY ALL"`'
         )
     job = TrainJob(model, examples, config, folder or run.directory)
+    clock = TrainingClock(run.folder, job.folder)
 
     def on_step(step: TrainStep, total: int) -> None:
+        clock.step(step.step)  # first: an observer may be where the process dies
         run.observer.progress(run.stage, step.step, total, "steps")
         run.observer.metric(run.stage, "loss", step.loss, step.step)
         run.observer.metric(run.stage, "learning_rate", step.learning_rate, step.step)
