@@ -115,7 +115,7 @@ class TrackingObserver(Observer):
         self._log.emit("artifact", path=str(self._folder.report.resolve()))
         metrics = _numbers(_flat({key: report.get(key) for key in _HEADLINES}))
         told = {"metrics": metrics, "report": self._report_digest()}
-        self._log.emit("run_finished", status="finished", **told)
+        self._log.emit("run_finished", status="finished", **told)  # type: ignore[arg-type]  # by name
         self._upload()
 
     def run_cached(self, report: Mapping[str, Any]) -> None:
