@@ -2,7 +2,7 @@
 
 runs/<name>/
     recipe.resolved.json  plan.json  manifest.jsonl  events.jsonl  report.json
-    .lock  .verified.json  .tracking/  .spill-<host>@<pid>@<number>/
+    logs/  .lock  .verified.json  .tracking/  .spill-<host>@<pid>@<number>/
     stages/<stage>/<key>/<table>/part-<shard>.parquet
 """
 
@@ -35,6 +35,11 @@ class RunFolder:
     def events(self) -> Path:
         """What happened, in order; tracking uploads from here."""
         return self.root / "events.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        """The folder of log files."""
+        return self.root / "logs"
 
     @property
     def report(self) -> Path:
