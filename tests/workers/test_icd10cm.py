@@ -4,7 +4,13 @@ from dataclasses import replace
 import pytest
 
 from stillhouse.errors import ConfigError, SourceError
-from stillhouse.workers.sources.icd10cm import Icd10Config, _descriptions, build, normalise
+from stillhouse.workers.sources.icd10cm import (
+    Icd10Config,
+    _descriptions,
+    build,
+    concept,
+    normalise,
+)
 
 SPLITS = ("private", "evaluation", "pool", "lookalike", "elsewhere")
 CONFIG = Icd10Config(
@@ -44,6 +50,37 @@ def test_split_has_its_rows_and_columns(split: str, count: int, columns: set[str
 def test_no_text_occurs_twice_in_any_split() -> None:
     texts = [text for split in SPLITS for text in prompts(split)]
     assert len(texts) == len(set(texts))
+
+
+CLAVICLE = "displaced fracture of shaft of clavicle"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Displaced fracture of shaft of left clavicle, sequela", CLAVICLE),
+        ("Displaced fracture of shaft of clavicle, initial encounter for open fracture", CLAVICLE),
+        ("Displaced fracture of shaft of unspecified clavicle, subsequent encounter", CLAVICLE),
+        (
+            "Displaced fracture of shaft of right ulna, sequela",
+            "displaced fracture of shaft of ulna",
+        ),
+        ("Senile ectropion of right eye, upper eyelid", "senile ectropion of upper eyelid"),
+    ],
+)
+def test_concept_forgets_side_and_encounter(text: str, expected: str) -> None:
+    assert concept(text) == expected
+
+
+def test_no_concept_of_an_evaluation_text_is_seen_elsewhere_in_its_category() -> None:
+    owner = {text: code for code, texts in _descriptions().items() for text in texts}
+
+    def concepts(split: str) -> list[tuple[str, str]]:
+        return [(owner[text], concept(text)) for text in prompts(split)]
+
+    held_out = concepts("evaluation")
+    assert len(held_out) == len(set(held_out))
+    assert not set(held_out) & {*concepts("private"), *concepts("pool"), *concepts("lookalike")}
 
 
 def test_every_text_is_normalised() -> None:
@@ -114,7 +151,8 @@ def test_a_larger_mix_leaves_the_labelled_splits_alone() -> None:
 
 def test_asking_for_too_much_says_what_there_is() -> None:
     with pytest.raises(
-        SourceError, match="asked for 2000 of 40 descriptions each, ICD-10-CM has 3"
+        SourceError,
+        match=r"asked for 2000 with 8 concepts .* 32 other descriptions, ICD-10-CM has \d+:",
     ):
         build("private", replace(CONFIG, categories=2000))
     with pytest.raises(SourceError, match="the untrained categories have"):

@@ -3,7 +3,8 @@
 Five splits come from one seeded partition of the classification:
 
 - ``private``: what the specialist learns. Rows ``{"prompt", "response"}``.
-- ``evaluation``: same form, same categories, held out.
+- ``evaluation``: same form, same categories, held out by concept: a text that differs from an
+  evaluation text only in side, encounter or punctuation is in no other split of the category.
 - ``pool``: further descriptions of the same categories, unlabelled. Rows ``{"prompt", "origin"}``.
 - ``lookalike``: descriptions of categories the specialist never learnt, unlabelled.
 - ``elsewhere``: arithmetic and everyday prompts, which have nothing to do with medicine.
@@ -12,6 +13,7 @@ No text occurs in two splits.
 """
 
 import random
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -21,6 +23,10 @@ from stillhouse.errors import ConfigError, SourceError
 from stillhouse.workers.sources.elsewhere import elsewhere_prompts
 
 CATEGORY_LENGTH = 3
+
+# What ICD-10-CM varies within one concept: the encounter of an injury, the side of the body.
+_ENCOUNTER = re.compile(r",? (?:initial|subsequent) encounter.*$|,? sequela$")
+_SIDE = re.compile(r"\b(?:right|left|bilateral|unspecified)\b(?: (?:side|eye|ear))?")
 
 Row = dict[str, str]
 
@@ -44,10 +50,14 @@ class Icd10Config:
                     f"{field.name} must be 0 or more, found {getattr(self, field.name)}"
                 )
 
-    @property
-    def per_category(self) -> int:
-        """Descriptions one trained category has to offer."""
-        return self.train_per_category + self.test_per_category + self.pool_per_category
+    def fits(self, texts: Sequence[str]) -> bool:
+        """Whether a category has enough, whichever of its concepts are drawn for evaluation."""
+        sizes = sorted(map(len, _concepts(texts)), reverse=True)
+        held_out = sizes[: self.test_per_category]
+        return (
+            len(held_out) == self.test_per_category
+            and len(texts) - sum(held_out) >= self.train_per_category + self.pool_per_category
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +88,19 @@ def build(split: str, config: Icd10Config) -> Iterator[Row]:
 def normalise(text: str) -> str:
     """One line, single spaces, no space at either end."""
     return " ".join(text.split())
+
+
+def concept(text: str) -> str:
+    """What a description says of no particular side and encounter, in lower case."""
+    words = _SIDE.sub("", _ENCOUNTER.sub("", text.lower()))
+    return " ".join(re.sub(r"[^a-z0-9]+", " ", words).split())
+
+
+def _concepts(texts: Sequence[str]) -> list[list[str]]:
+    groups: dict[str, list[str]] = {}
+    for text in texts:
+        groups.setdefault(concept(text), []).append(text)
+    return list(groups.values())
 
 
 def _private(config: Icd10Config) -> list[Row]:
@@ -139,24 +162,25 @@ def _partition(config: Icd10Config) -> Iterator[_Category]:
     """Choose the trained categories and divide the descriptions of each."""
     descriptions = _descriptions()
     for code in _trained_codes(descriptions, config):
-        texts = list(descriptions[code])
-        _random(config, "category", code).shuffle(texts)
-        test_start = config.train_per_category
-        pool_start = test_start + config.test_per_category
-        yield _Category(
-            code=code,
-            private=tuple(texts[:test_start]),
-            evaluation=tuple(texts[test_start:pool_start]),
-            pool=tuple(texts[pool_start : config.per_category]),
-        )
+        rng = _random(config, "category", code)
+        concepts = _concepts(descriptions[code])
+        rng.shuffle(concepts)
+        held_out = concepts[: config.test_per_category]
+        evaluation = tuple(rng.choice(texts) for texts in held_out)
+        rest = [text for texts in concepts[config.test_per_category :] for text in texts]
+        rng.shuffle(rest)
+        end = config.train_per_category
+        pool = tuple(rest[end : end + config.pool_per_category])
+        yield _Category(code, tuple(rest[:end]), evaluation, pool)
 
 
 def _trained_codes(descriptions: Mapping[str, Sequence[str]], config: Icd10Config) -> list[str]:
-    large = [code for code, texts in descriptions.items() if len(texts) >= config.per_category]
+    large = [code for code, texts in descriptions.items() if config.fits(texts)]
     if len(large) < config.categories:
         raise SourceError(
-            f"categories: asked for {config.categories} of {config.per_category} descriptions each"
-            f", ICD-10-CM has {len(large)}: lower categories or pool_per_category"
+            f"categories: asked for {config.categories} with {config.test_per_category} concepts "
+            f"to hold out and {config.train_per_category + config.pool_per_category} other "
+            f"descriptions, ICD-10-CM has {len(large)}: lower categories or pool_per_category"
         )
     return _random(config, "categories").sample(large, config.categories)
 
