@@ -60,7 +60,7 @@ class SelectConfig(Config):
 class ExpandConfig(Config):
     """New prompts in the likeness of the selected ones, in rounds."""
 
-    rounds: int = Field(2, ge=0)
+    rounds: int = Field(2, ge=0, le=99)  # two digits in the names of shards, which sort by them
     prompts_per_round: int = Field(64, ge=1)  # shared evenly by the generators
     enough: int | None = Field(None, ge=1)  # stop once so many new prompts were kept
     min_yield: float = Field(0.0, ge=0, le=1)  # stop after a round that keeps a smaller share

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from stillhouse.storage.catalog import Catalog
 
 Figures = dict[str, Any]  # one arm's: items, failed, exact_match, standard_error, perplexity
+MAX_NATS = 700  # a token; exp of more overflows
 SUMMARY = """
 SELECT count(*), count(*) FILTER (correct), count(*) FILTER (status = 'failed'),
     fsum(reference_logp), sum(reference_tokens) FROM evaluations WHERE arm = ?
@@ -93,7 +94,7 @@ def summary(catalog: "Catalog", arm: str) -> Figures:
     """Exact match with its standard error, and answer perplexity, of one arm.
 
     A question that could not be answered counts as wrong. Perplexity is that of a token of the
-    model's own tokenizer; None where no answer could be scored.
+    model's own tokenizer; None where no answer could be scored, or where no float holds it.
     """
     [(items, correct, failed, logp, tokens)] = catalog.rows(SUMMARY, [arm])
     accuracy = correct / items if items else 0.0
@@ -102,5 +103,11 @@ def summary(catalog: "Catalog", arm: str) -> Figures:
         "failed": failed,
         "exact_match": accuracy,
         "standard_error": math.sqrt(accuracy * (1 - accuracy) / max(items, 1)),
-        "perplexity": math.exp(-logp / tokens) if tokens else None,
+        "perplexity": _perplexity(logp, tokens),
     }
+
+
+def _perplexity(logp: float | None, tokens: int | None) -> float | None:
+    if logp is None or not tokens or -logp / tokens > MAX_NATS:
+        return None
+    return math.exp(-logp / tokens)

@@ -36,13 +36,12 @@ class Estimate:
 
 def estimate(recipe: RecipeConfig, manifest: Manifest, keys: dict[str, str]) -> dict[str, Estimate]:
     """Return the cost of each stage that is not finished."""
-    fresh = _fresh(recipe)
-    costs: dict[str, Estimate] = {}
-    for stage, key in keys.items():
-        history = manifest.stages_history(stage)
-        if manifest.stage(stage, key) is None:
-            costs[stage] = _as_before(manifest, history[-1]) if history else fresh[stage]
-    return costs
+    due = [stage for stage, key in keys.items() if manifest.stage(stage, key) is None]
+    past = {stage: history[-1] for stage in due if (history := manifest.stages_history(stage))}
+    fresh = {} if len(past) == len(due) else _fresh(recipe)  # reads the sources
+    return {
+        stage: _as_before(manifest, past[stage]) if stage in past else fresh[stage] for stage in due
+    }
 
 
 def _as_before(manifest: Manifest, former: StageEntry) -> Estimate:

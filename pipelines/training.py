@@ -43,11 +43,10 @@ def train(
         run.observer.metric(run.stage, "gradient_norm", step.gradient_norm, step.step)
 
     outcome = run.workers.train(job, on_step)
-    rows: Rows = {
-        "train_steps": [_step(run.stage, step) for step in outcome.steps],
-        "examples": [_example(run.stage, example, outcome) for example in examples],
-    }
-    rejected = len(outcome.rejected)
+    told = [_example(run.stage, example, outcome) for example in examples]
+    steps = [_step(run.stage, step) for step in outcome.steps]
+    rows: Rows = {"train_steps": steps, "examples": told}
+    rejected = sum(row.status == "rejected" for row in told)
     counts = Counts(rows_in=len(examples), kept=len(examples) - rejected, rejected=rejected)
     return Part(rows, counts, tokens=sum(step.tokens for step in outcome.steps))
 
@@ -58,13 +57,11 @@ def trained(run: StageRun) -> Outcome:
     files = adapter_files(run, run.directory)
     with run.catalog() as catalog:
         rows = catalog.rows(
-            "SELECT step, loss FROM train_steps WHERE stage = ? ORDER BY step", [run.stage]
+            "SELECT step, loss FROM train_steps WHERE stage = ? ORDER BY step DESC LIMIT 1",
+            [run.stage],
         )
-    facts = {
-        "adapter": run.folder.relative(adapter),
-        "steps": rows[-1][0],
-        "last_loss": rows[-1][1],
-    }
+    [(steps, loss)] = rows
+    facts = {"adapter": run.folder.relative(adapter), "steps": steps, "last_loss": loss}
     return Outcome(files, facts)
 
 

@@ -3,6 +3,7 @@
 Only the positions that predict a response token are projected to the vocabulary.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -53,14 +54,19 @@ def _row(lm: LanguageModel, pair: Pair) -> TargetRow | Failed:
 @torch.inference_mode()
 def _score_batch(
     lm: LanguageModel, members: Sequence[tuple[int, TargetRow]], cache: Cache | None
-) -> Iterator[tuple[int, ResponseLogp]]:
+) -> Iterator[tuple[int, ResponseLogp | Failed]]:
     logp = target_logps(lm, [row for _, row in members], cache).tolist()
     start = 0
     for index, row in members:
         end = start + row.targets
-        response = list(row.ids[-row.targets :])
-        yield index, ResponseLogp(response, logp[start:end], len(row.ids) - row.targets)
+        yield index, _scored(row, logp[start:end])
         start = end
+
+
+def _scored(row: TargetRow, logp: list[float]) -> ResponseLogp | Failed:
+    if not all(map(math.isfinite, logp)):
+        return Failed("not_finite: the model gives a token of the response no log-probability")
+    return ResponseLogp(list(row.ids[-row.targets :]), logp, len(row.ids) - row.targets)
 
 
 def acting_as_base(specialist: LanguageModel, base: LanguageModel) -> AbstractContextManager[None]:

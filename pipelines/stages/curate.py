@@ -25,16 +25,17 @@ WITH candidates AS (
     FROM selections JOIN prompts USING (prompt_id)
     JOIN completions USING (completion_id) JOIN scores USING (completion_id)
     WHERE selections.status = 'kept' AND prompts.status = 'kept'
-), banded AS (SELECT text_id, kind, shingles, unnest(bands) AS band FROM sketches
+), banded AS (SELECT text_id, kind, unnest(bands) AS band FROM sketches
 ), pairs AS (
-    SELECT DISTINCT a.text_id AS text_id, b.text_id AS other_id, b.kind AS other_kind,
-        a.shingles AS left_shingles, b.shingles AS right_shingles
+    SELECT DISTINCT a.text_id AS text_id, b.text_id AS other_id
     FROM banded a JOIN banded b ON a.band = b.band AND a.text_id <> b.text_id
     WHERE a.kind = 'candidate'
 ), near AS (
-    SELECT text_id, other_id, other_kind FROM pairs
-    WHERE len(list_intersect(left_shingles, right_shingles))
-        >= $near * len(list_distinct(list_concat(left_shingles, right_shingles)))
+    SELECT pairs.text_id, other_id, two.kind AS other_kind
+    FROM pairs JOIN sketches one ON one.text_id = pairs.text_id
+    JOIN sketches two ON two.text_id = other_id
+    WHERE len(list_intersect(one.shingles, two.shingles))
+        >= $near * len(list_distinct(list_concat(one.shingles, two.shingles)))
 ), objections AS (
     SELECT near.text_id, bool_or(other_kind = 'question') AS leak,
         bool_or(other_kind = 'candidate' AND earlier.place < own.place) AS duplicate

@@ -121,9 +121,12 @@ def _proposal_tasks(run: StageRun, number: int, prefix: str) -> list[Task]:
 
 
 def _is_enough(run: StageRun, prefix: str) -> bool:
-    """Whether enough prompts were kept, or the last round kept too small a share of its own."""
+    """Whether enough prompts were kept, or the last round kept too small a share of its own.
+
+    Judged as when the round ended: a killed run has shards of later rounds.
+    """
     config = run.recipe.expand
-    shards = run.shards("expand")
+    shards = [shard for shard in run.shards("expand") if shard.shard < f"{prefix}-e"]
     kept = sum(shard.counts.kept for shard in shards)
     rounds = [shard.counts for shard in shards if shard.shard.startswith(prefix)]
     proposed = sum(counts.rows_in for counts in rounds)

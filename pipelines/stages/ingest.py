@@ -139,9 +139,15 @@ def _raw(
         reference=reference,
         parent_id=None,
         locator=row.locator,
-        status="kept" if reason is None else "failed",
+        status=_status(row, reason),
         reason=reason,
     )
+
+
+def _status(row: SourceRow | MalformedRow, reason: str | None) -> str:
+    if isinstance(row, MalformedRow):
+        return "failed"
+    return "kept" if reason is None else "rejected"
 
 
 def _columns(source: SourceConfig) -> list[str]:

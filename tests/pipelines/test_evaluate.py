@@ -6,7 +6,10 @@ import pytest
 
 from stillhouse.configs.stages import GateConfig
 from stillhouse.pipelines.gate import gate, recovery
-from tests.pipelines.conftest import Line
+from stillhouse.storage.manifest import Counts
+from stillhouse.workers.protocols import ModelSpec, TrainJob
+from stillhouse.workers.scripted import Script, ScriptedWorkers
+from tests.pipelines.conftest import Line, code_of, scripts
 
 
 def arms(**matches: float) -> dict[str, dict[str, float | int]]:
@@ -56,6 +59,60 @@ def test_the_gate(config: dict[str, Any], student: float, recovered: Any, reason
 def test_the_gate_tells_its_numbers() -> None:
     verdict = gate(GateConfig(min_recovery=0.6), arms(student=0.1), 0.25)
     assert verdict["reasons"] == ["recovery 0.25 is under min_recovery 0.6"]
+
+
+class Noting(ScriptedWorkers):
+    """Notes what is trained and who answers."""
+
+    def into(self, jobs: list[TrainJob], specs: list[ModelSpec]) -> "Noting":
+        self.jobs, self.specs = jobs, specs
+        return self
+
+    def train(self, job, on_step):
+        self.jobs.append(job)
+        return super().train(job, on_step)
+
+    def model(self, spec):
+        self.specs.append(spec)
+        return super().model(spec)
+
+
+def test_a_perplexity_that_no_float_holds_is_none(line: Line) -> None:
+    line.pool("special thing")
+    line.questions(**{"two words": "C22"})
+    made = scripts()
+    made["target"] = Script(code_of, lambda pair: -701.0)
+    line.workers = ScriptedWorkers(made)
+    line.run("evaluate")
+    figures = line.entry("evaluate").facts["arms"]["target_before"]
+    assert (figures["perplexity"], figures["exact_match"]) == (None, 1.0)
+
+
+def test_the_ceiling_is_the_target_on_the_private_pairs(line: Line) -> None:
+    line.pool("special thing", "another special thing")
+    line.questions(**{"two words": "C22", "one more word": "A00"})
+    private = [{"prompt": "a secret", "answer": "S1"}, {"prompt": "another", "answer": " "}]
+    line.tree["data"]["private"] = {"ref": line.jsonl("private", private), "response": "answer"}
+    line.tree["evaluate"] = {"arms": ["target_before", "student", "ceiling"]}
+    line.tree["distill"] = {"epochs": 3, "batch_size": 1}
+    jobs, specs = [], []
+    line.workers = Noting(scripts()).into(jobs, specs)
+    line.run("evaluate")
+    student, ceiling = jobs
+    private = [("a secret", " S1"), ("another", " ")]
+    assert [(row.prompt, row.response) for row in ceiling.examples] == private
+    assert not {row.prompt for row in student.examples} & {"a secret", "another"}
+    assert (ceiling.model, ceiling.config) == (student.model, student.config)
+    assert specs[-2:] == [
+        ModelSpec("target", student.folder / "adapter"),
+        ModelSpec("target", ceiling.folder / "adapter"),
+    ]
+    steps = line.rows("SELECT count(*) FROM train_steps WHERE stage = 'evaluate'")
+    assert steps == [(3,)]
+    entry = line.entry("evaluate")
+    assert entry.facts["arms"]["ceiling"]["items"] == 2
+    assert entry.counts == Counts(rows_in=2 + 3 * 2, kept=1 + 3 * 2, rejected=1)
+    assert any("ceiling/adapter" in file.path for file in entry.files)
 
 
 def test_the_arms_of_a_line(line: Line) -> None:

@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 
+from stillhouse.pipelines.observer import Observer
+from stillhouse.storage.manifest import Counts, ShardEntry
 from stillhouse.workers.protocols import Failed
 from stillhouse.workers.scripted import Script
 from tests.pipelines.conftest import Line, scripts
@@ -24,17 +26,22 @@ def proposals(line: Line, generator: str) -> list[tuple[Any, ...]]:
     )
 
 
-def says(line: Line, *texts: str | Failed) -> None:
-    """What the base continues a list with, in turn."""
+def says(line: Line, *texts: str | Failed) -> list[str]:
+    """What the base continues a list with, in turn; the lists it is given are appended."""
+    lists: list[str] = []
     turn = iter(texts * 100)
     made = scripts()
     answers = made["base"].answers
 
     def answer(prompt: str) -> str | Failed:
-        return next(turn) if prompt.startswith("More of the same kind") else answers(prompt)
+        if not prompt.startswith("More of the same kind"):
+            return answers(prompt)
+        lists.append(prompt)
+        return next(turn)
 
     made["base"] = Script(answer, made["base"].logp)
     line.workers.scripts = made
+    return lists
 
 
 def test_a_proposal_is_new_once(asked: Line) -> None:
@@ -69,14 +76,10 @@ def test_a_cut_or_failed_or_empty_proposal(asked: Line) -> None:
 def test_a_round_grows_on_the_one_before(asked: Line) -> None:
     asked.tree["expand"] |= {"generators": ["few_shot"], "prompts_per_round": 2}
     asked.pool("seed, one")
-    says(asked, "first new", "second new", "third new", "fourth new")
+    lists = says(asked, "first new", "second new", "third new", "fourth new")
     rows = proposals(asked, "few_shot")
     assert [row[0] for row in rows] == [1, 1, 2, 2]
-    parents = asked.rows(
-        "SELECT DISTINCT p.round FROM prompts c JOIN prompts p ON c.parent_id = p.prompt_id "
-        "WHERE c.round = 2"
-    )
-    assert {number for (number,) in parents} <= {0, 1}
+    assert ["first new" in shown for shown in lists] == [False, False, True, True]
     assert asked.entry("expand").facts["rounds"] == [
         {"round": 1, "generator": "few_shot", "proposed": 2, "kept": 2},
         {"round": 2, "generator": "few_shot", "proposed": 2, "kept": 2},
@@ -91,6 +94,39 @@ def test_every_proposal_is_accounted_for(asked: Line) -> None:
     [(kept,)] = asked.rows("SELECT count(*) FROM selections WHERE round > 0 AND status = 'kept'")
     assert (counts.rows_in, counts.kept) == (proposed, kept)
     assert kept > 0
+
+
+class Killed(BaseException):
+    pass
+
+
+class KilledAfter(Observer):
+    """Dies once a shard is committed."""
+
+    def __init__(self, shard: str) -> None:
+        self.shard = shard
+
+    def shard_committed(self, entry: ShardEntry) -> None:
+        if entry.shard == self.shard:
+            raise Killed
+
+
+def test_a_round_that_was_not_enough_is_not_enough_after_a_kill_in_the_next(asked: Line) -> None:
+    asked.tree["expand"] |= {"generators": ["few_shot"], "prompts_per_round": 6, "enough": 9}
+    asked.pool("seed, one")
+    says(asked, *(f"new {number}" for number in range(12)))
+    with pytest.raises(Killed):
+        asked.run("expand", KilledAfter("round-02-d-select-00000"))
+    asked.run("expand")
+    assert asked.entry("expand").counts == Counts(rows_in=12, kept=12)
+
+
+def test_enough_ends_the_rounds(asked: Line) -> None:
+    asked.tree["expand"] |= {"generators": ["few_shot"], "prompts_per_round": 6, "enough": 6}
+    asked.pool("seed, one")
+    says(asked, *(f"new {number}" for number in range(12)))
+    asked.run("expand")
+    assert asked.entry("expand").counts == Counts(rows_in=6, kept=6)
 
 
 def test_without_seeds_nothing_is_made(asked: Line) -> None:

@@ -113,7 +113,7 @@ def test_malformed_lines_are_set_aside_with_their_numbers(asked: Line) -> None:
         ("", "failed"),
         ("", "failed"),
         ("", "failed"),
-        ("", "failed"),
+        ("", "rejected"),
         ("5", "kept"),
     ]
     reasons = [reason for *_, reason in rows[1:5]]
@@ -121,7 +121,7 @@ def test_malformed_lines_are_set_aside_with_their_numbers(asked: Line) -> None:
     assert reasons[1] == "malformed: expected a JSON object, found an array"
     assert reasons[2] == "malformed: expected a value in 'prompt', found none"
     assert reasons[3] == "empty"
-    assert asked.entry("ingest").counts == Counts(rows_in=7, kept=3, failed=4)
+    assert asked.entry("ingest").counts == Counts(rows_in=7, kept=3, rejected=1, failed=3)
     assert len(set(asked.rows("SELECT prompt_id FROM prompts"))) == 6
 
 

@@ -4,8 +4,11 @@ import time
 
 import pytest
 
+from stillhouse.pipelines.training import train
 from stillhouse.pipelines.training_clock import TrainingClock, carried_seconds
 from stillhouse.storage.layout import RunFolder
+from stillhouse.storage.manifest import Counts
+from stillhouse.workers.protocols import ModelSpec, TrainExample
 from stillhouse.workers.scripted import ScriptedWorkers
 from tests.pipelines.conftest import Line, scripts
 
@@ -70,6 +73,15 @@ def test_a_resumed_training_counts_the_seconds_of_all_its_steps(line: Line, cloc
         100 * steps, abs=0.1
     )  # the 50 s that were lost made no token
     assert report["tokens_per_second"] == pytest.approx(tokens / (100 * steps), abs=0.05)
+
+
+def test_an_example_that_is_there_twice_is_counted_twice(line: Line) -> None:
+    twice = [TrainExample("a", "one", " x"), *[TrainExample("b", "two", " ")] * 2]
+    run = line.stage("distill")
+    part = train(run, ModelSpec("target"), twice, line.recipe.distill)
+    told = [row.status for row in part.rows["examples"]]
+    assert told == ["kept", "rejected", "rejected"]
+    assert part.counts == Counts(rows_in=3, kept=1, rejected=2)
 
 
 def test_which_seconds_are_carried(tmp_path, clock: Clock) -> None:

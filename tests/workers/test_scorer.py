@@ -61,6 +61,15 @@ def test_log_probabilities_known_by_hand(two_words):
     ]
 
 
+def test_a_log_probability_that_is_no_number_fails_its_pair_alone(two_words):
+    with torch.no_grad():
+        two_words.model.model.embed_tokens.weight[1] = math.nan  # seen by what follows a `b`
+    broken, sound = response_logps(two_words, [Pair("ab", "ab"), Pair("aa", "ab")], batch_size=2)
+    assert isinstance(broken, Failed)
+    assert broken.reason.startswith("not_finite")
+    assert sound.logp == pytest.approx([math.log(1 / 4), math.log(3 / 4)], abs=1e-6)
+
+
 def test_agrees_with_a_float64_reference(model_folders, store, lm):
     double = load(store, ModelSpec(str(model_folders[lm.name])), dtype="float64").model
     for pair, made in zip(PAIRS, response_logps(lm, PAIRS, batch_size=3), strict=True):
