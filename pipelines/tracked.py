@@ -16,10 +16,10 @@ from typing import Any
 from stillhouse.configs.recipe import RecipeConfig
 from stillhouse.errors import StillhouseError, TrackingError
 from stillhouse.pipelines.local import local_runner
+from stillhouse.pipelines.logged_events import LoggedEvents
 from stillhouse.pipelines.observer import Observer, Observers
 from stillhouse.pipelines.presets import chain
 from stillhouse.pipelines.runner import Resume
-from stillhouse.pipelines.told import Told
 from stillhouse.storage.events import EventLog
 from stillhouse.storage.layout import RunFolder
 from stillhouse.storage.manifest import FileEntry, Manifest, StageEntry
@@ -83,7 +83,7 @@ class TrackingObserver(Observer):
         """Tell what the log lacks of a stage that was finished before; the server takes it twice
         without harm where only a part was missing.
         """
-        if (entry.stage, entry.key) in self._told.stages:
+        if (entry.stage, entry.key) in self._logged.stages:
             return
         self._begin()
         self.stage_started(entry.stage, entry.key, 0)
@@ -120,7 +120,7 @@ class TrackingObserver(Observer):
 
     def run_cached(self, report: Mapping[str, Any]) -> None:
         """Tell the result where the log's last word is another one."""
-        if self._started or self._told.report != self._report_digest():
+        if self._started or self._logged.report != self._report_digest():
             self._begin()
             self.run_finished(report)
 
@@ -136,8 +136,8 @@ class TrackingObserver(Observer):
             self.run_started(self._recipe.name, self._keys)
 
     @cached_property
-    def _told(self) -> Told:
-        return Told.read(self._log)
+    def _logged(self) -> LoggedEvents:
+        return LoggedEvents.read(self._log)
 
     def _report_digest(self) -> str:
         return hashlib.sha256(self._folder.report.read_bytes()).hexdigest()[:16]

@@ -7,7 +7,7 @@ from stillhouse.storage.events import EventLog
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class LoggedEvents:
     """The stages whose end is told, by name and key, and the report that was told last."""
 
     stages: frozenset[tuple[str, str]]
