@@ -112,7 +112,7 @@ class TrackingObserver(Observer):
         self._upload()
 
     def run_finished(self, report: Mapping[str, Any]) -> None:
-        self._log.emit("artifact", path=str(self._folder.report.resolve()))
+        self._log.emit("artifact", path=self._folder.relative(self._folder.report))
         metrics = _numbers(_flat({key: report.get(key) for key in _HEADLINES}))
         told = {"metrics": metrics, "report": self._report_digest()}
         self._log.emit("run_finished", status="finished", **told)  # type: ignore[arg-type]  # by name
@@ -168,7 +168,7 @@ class TrackingObserver(Observer):
         parents = [self._names(parent) for parent in after if parent in self._keys]
         return {
             "name": f"{entry.stage}.{table}",
-            "path": str(path.resolve()),
+            "path": self._folder.relative(path),
             "digest": _digest(files),
             "rows": sum(file.rows for file in files),
             "source": f"stage {entry.stage}, key {entry.key}",
@@ -186,13 +186,12 @@ class TrackingObserver(Observer):
         facts = entry.facts
         if facts["refused"]:
             return
-        path = (self._folder.root / str(facts["model"])).resolve()
         tags = {"stillhouse.key.deploy": entry.key, "stillhouse.run": self._recipe.name}
         name = facts["name"]
         self._log.emit(
             "model",
             entry.stage,
-            path=str(path),
+            path=facts["model"],  # relative to the run folder, as the files in the manifest
             name=name,
             task="text-generation",
             tags=tags,

@@ -243,7 +243,7 @@ def _files_of(folder: RunFolder, manifest: Manifest, keys: Mapping[str, str]) ->
     for stage, entries in stage_files(manifest, keys).items():
         for entry in entries:
             if entry.table in files:
-                path = str((folder.root / entry.path).resolve())
+                path = str(folder.absolute(entry.path))
                 files[entry.table].setdefault(stage, []).append(path)
     return files
 

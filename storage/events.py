@@ -15,6 +15,8 @@ must be able to take one twice.
     model           path, name, task, tags, digest (of its files; the same ones are uploaded once)
     promote         name
     run_finished    status ("finished" or "failed"), metrics, report (digest of the file)
+
+Paths are relative to the run folder, which may move.
 """
 
 import json

@@ -82,3 +82,7 @@ class RunFolder:
         Raises ValueError when `path` lies outside the run folder.
         """
         return path.resolve().relative_to(self.root.resolve()).as_posix()
+
+    def absolute(self, path: str) -> Path:
+        """Return the absolute path of what `relative` named, wherever the run folder lies now."""
+        return (self.root / path).resolve()

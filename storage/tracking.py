@@ -282,7 +282,7 @@ class _Upload:
             name=clipped(str(data["name"]), 500),
             digest=digest_of(str(data["digest"])),
             source_type="local",
-            source=json.dumps({"uri": str(self._folder.root.resolve() / data["path"])}),
+            source=json.dumps({"uri": str(self._folder.absolute(data["path"]))}),
             profile=json.dumps(profile),
         )
         tags = [InputTag("mlflow.data.context", context)]
@@ -309,7 +309,7 @@ class _Upload:
         self._points(run, [(k, v, event.time, 0) for k, v in numbers(values).items()])
 
     def _artifact(self, event: Event) -> None:
-        path = self._folder.root / event.data["path"]
+        path = self._folder.absolute(event.data["path"])
         if path.is_dir():
             self._client.log_artifacts(self._run_of(event), str(path), path.name)
         else:
@@ -346,7 +346,7 @@ class _Upload:
         run = self._run_of(event)
         with mlflow.start_run(run_id=run):
             logged = mlflow.transformers.log_model(
-                str(self._folder.root / event.data["path"]),
+                str(self._folder.absolute(event.data["path"])),
                 name=entity_name(str(event.data["name"])).replace("/", "_"),
                 task=event.data.get("task") or "text-generation",
                 # named, because inferring them would load the model

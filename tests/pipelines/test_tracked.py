@@ -9,9 +9,11 @@ import pytest
 from stillhouse.errors import TrackingError
 from stillhouse.pipelines.observer import Observer, Observers
 from stillhouse.pipelines.tracked import TrackingObserver
+from stillhouse.storage.events import EventLog
 from stillhouse.storage.layout import RunFolder
 from stillhouse.storage.manifest import StageEntry
-from stillhouse.storage.tracking import Tracker
+from stillhouse.storage.tracking import Tracker, default_uri
+from stillhouse.storage.tracking_settings import mlflow_quiet
 from stillhouse.workers.scripted import Script
 from tests.pipelines.conftest import Line
 
@@ -27,6 +29,7 @@ def whole(line: Line) -> Line:
     line.pool("special thing", "another special thing", "common ground")
     line.questions(**{"two words": "C22", "one more word": "A00"})
     line.tree["expand"] = {"rounds": 1, "prompts_per_round": 4}
+    line.tree["evaluate"] = {"gate": {"min_accuracy": 0.0}}
     return line
 
 
@@ -53,7 +56,11 @@ def folder_of(line: Line) -> RunFolder:
 
 
 def events(line: Line) -> list[dict[str, Any]]:
-    path: Path = folder_of(line).events
+    return read(folder_of(line))
+
+
+def read(folder: RunFolder) -> list[dict[str, Any]]:
+    path = folder.events
     return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -176,3 +183,36 @@ def test_settings_gone_back_to_end_with_their_own_result(whole: Line) -> None:
     whole.run()  # not tracked: the report is as it was, and the server's last word is the other's
     found = start(whole)
     assert kinds(found) == ["run_started", "artifact", "run_finished"]
+
+
+def test_events_name_files_by_their_place_in_the_run_folder(whole: Line) -> None:
+    start(whole)
+    moved = RunFolder(folder_of(whole).root.rename(whole.home / "elsewhere"))
+    paths = {e["kind"]: e["data"]["path"] for e in read(moved) if "path" in e["data"]}
+    assert paths.keys() == {"dataset", "model", "artifact"}
+    for path in paths.values():
+        assert (moved.root / path).exists()
+        assert not Path(path).is_absolute()
+
+
+@pytest.mark.slow
+def test_a_run_folder_that_moved_is_uploaded_from_its_new_place(
+    whole: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(whole, until="ingest")
+    moved = RunFolder(folder_of(whole).root.rename(whole.home / "elsewhere"))
+    monkeypatch.setattr(Tracker, "probe", lambda self: None)
+    uri = default_uri(whole.home)
+    tracker = Tracker(moved, EventLog(moved), uri, "moved", "line")
+    assert tracker.flush() == len(read(moved))
+    with mlflow_quiet():
+        from mlflow import MlflowClient
+
+        client = MlflowClient(uri, uri)
+        runs = client.search_runs([client.get_experiment_by_name("moved").experiment_id])
+        by_name = {run.info.run_name: run for run in runs}
+        [report] = client.list_artifacts(by_name["line"].info.run_id)
+    assert report.path == "report.json"
+    sources = [item.dataset.source for item in by_name["ingest"].inputs.dataset_inputs]
+    assert sources
+    assert all(Path(json.loads(source)["uri"]).is_dir() for source in sources)
