@@ -9,6 +9,7 @@ figures along the way, such as each step's loss, which nobody wrote down).
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -67,13 +68,13 @@ class TrackingObserver(Observer):
                 f"MLflow cannot be reached: {why}. Events are kept in {self._folder.events} and "
                 "uploaded by the next start that reaches it"
             )
-        params = _flat(self._recipe.model_dump(mode="json"))
+        params = self._recipe.model_dump(mode="json")
         tags = {f"stillhouse.key.{stage}": key for stage, key in keys.items()}
         self._log.emit("run_started", params=params, tags=tags)
 
     def stage_started(self, stage: str, key: str, reused_shards: int) -> None:
         section = getattr(self._recipe, stage, None)
-        params = {} if section is None else _flat(section.model_dump(mode="json"))
+        params = {} if section is None else section.model_dump(mode="json")
         self._log.emit("stage_started", stage, key=key, params=params)
 
     def metric(self, stage: str, name: str, value: float, step: int) -> None:
@@ -94,17 +95,11 @@ class TrackingObserver(Observer):
             self._log.emit("dataset", entry.stage, **self._dataset(entry, table, files))
         if entry.stage == "deploy":
             self._register(entry)
-        counts = entry.counts
         self._log.emit(
             "stage_finished",
             entry.stage,
             key=entry.key,
-            counts={
-                "rows_in": counts.rows_in,
-                "kept": counts.kept,
-                "rejected": counts.rejected,
-                "failed": counts.failed,
-            },
+            counts=asdict(entry.counts),
             seconds=entry.seconds,
             tokens=entry.tokens,
             status="finished",
@@ -113,9 +108,9 @@ class TrackingObserver(Observer):
 
     def run_finished(self, report: Mapping[str, Any]) -> None:
         self._log.emit("artifact", path=self._folder.relative(self._folder.report))
-        metrics = _numbers(_flat({key: report.get(key) for key in _HEADLINES}))
-        told = {"metrics": metrics, "report": self._report_digest()}
-        self._log.emit("run_finished", status="finished", **told)  # type: ignore[arg-type]  # by name
+        metrics = {key: report[key] for key in _HEADLINES if key in report}
+        digest = self._report_digest()
+        self._log.emit("run_finished", status="finished", metrics=metrics, report=digest)
         self._upload()
 
     def run_cached(self, report: Mapping[str, Any]) -> None:
@@ -206,17 +201,3 @@ def _digest(files: Sequence[FileEntry]) -> str:
 
 
 _HEADLINES = ("accuracy", "perplexity", "recovery", "cache")
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
-
-
-def _numbers(flat: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in flat.items() if value is not None}

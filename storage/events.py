@@ -16,7 +16,7 @@ must be able to take one twice.
     promote         name
     run_finished    status ("finished" or "failed"), metrics, report (digest of the file)
 
-Paths are relative to the run folder, which may move.
+Parameters, tags and metrics may be nested. Paths are relative to the run folder, which may move.
 """
 
 import json

@@ -1,6 +1,7 @@
 """A tracked run's events: what is written down when, and again after a kill."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,21 @@ def test_settings_gone_back_to_end_with_their_own_result(whole: Line) -> None:
     whole.run()  # not tracked: the report is as it was, and the server's last word is the other's
     found = start(whole)
     assert kinds(found) == ["run_started", "artifact", "run_finished"]
+
+
+def test_settings_and_figures_are_told_nested(whole: Line) -> None:
+    """How they are named on a server is for the upload to say."""
+    found = start(whole)
+    [params] = [e["data"]["params"] for e in found if e["kind"] == "run_started"]
+    assert params == whole.recipe.model_dump(mode="json")
+    [section] = [e["data"]["params"] for e in found if kinds([e]) == ["stage_started evaluate"]]
+    assert section == whole.recipe.evaluate.model_dump(mode="json")
+    [counts] = [e["data"]["counts"] for e in found if kinds([e]) == ["stage_finished score"]]
+    assert counts == asdict(whole.entry("score").counts)
+    report = json.loads(folder_of(whole).report.read_text())
+    metrics = found[-1]["data"]["metrics"]
+    assert metrics.keys() >= {"accuracy", "perplexity", "recovery", "cache"}
+    assert metrics == {name: report[name] for name in metrics}
 
 
 def test_events_name_files_by_their_place_in_the_run_folder(whole: Line) -> None:
