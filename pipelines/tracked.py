@@ -24,7 +24,7 @@ from stillhouse.pipelines.runner import Resume
 from stillhouse.storage.events import EventLog
 from stillhouse.storage.layout import RunFolder
 from stillhouse.storage.manifest import FileEntry, Manifest, StageEntry
-from stillhouse.storage.tracking import Tracker, default_uri
+from stillhouse.storage.tracking.tracker import Tracker, default_uri
 
 
 def run_tracked(

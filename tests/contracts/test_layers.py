@@ -69,7 +69,7 @@ def sound_tree(tmp_path: Path) -> Path:
     plant(tmp_path, "workers/vllm.py", "import vllm\n")
     plant(tmp_path, "kernels/codec/fast.py", "import torch, triton\nimport stillhouse.errors\n")
     plant(tmp_path, "storage/catalog.py", "import duckdb, pyarrow\nimport stillhouse.errors\n")
-    plant(tmp_path, "storage/tracking.py", "import mlflow\n")
+    plant(tmp_path, "storage/tracking/upload.py", "import mlflow\n")
     plant(tmp_path, "storage/records.py", "")
     plant(tmp_path, "configs/recipe.py", "import pydantic, yaml\nimport stillhouse.errors\n")
     return tmp_path

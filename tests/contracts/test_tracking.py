@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stillhouse.storage.layout import RunFolder
-from stillhouse.storage.tracking_settings import mlflow_quiet
+from stillhouse.storage.tracking.settings import mlflow_quiet
 from tests.contracts.tiny_run import stillhouse
 from tests.mlflow_server import MlflowServer
 

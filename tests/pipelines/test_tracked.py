@@ -13,8 +13,8 @@ from stillhouse.pipelines.tracked import TrackingObserver
 from stillhouse.storage.events import EventLog
 from stillhouse.storage.layout import RunFolder
 from stillhouse.storage.manifest import StageEntry
-from stillhouse.storage.tracking import Tracker, default_uri
-from stillhouse.storage.tracking_settings import mlflow_quiet
+from stillhouse.storage.tracking.settings import mlflow_quiet
+from stillhouse.storage.tracking.tracker import Tracker, default_uri
 from stillhouse.workers.scripted import Script
 from tests.pipelines.conftest import Line
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from stillhouse.errors import IntegrityError
 from stillhouse.storage.events import EventLog
 from stillhouse.storage.layout import RunFolder
-from stillhouse.storage.reachability import why_unreachable
 from stillhouse.storage.redaction import is_secret, redact_uris
-from stillhouse.storage.tracking_fields import clipped, entity_name, flattened, numbers
+from stillhouse.storage.tracking.fields import clipped, entity_name, flattened, numbers
+from stillhouse.storage.tracking.reachability import why_unreachable
 
 
 def ids(log: EventLog, cursor: str = "c") -> list[int]:

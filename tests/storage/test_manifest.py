@@ -149,7 +149,8 @@ def test_accounting_holds_exactly_when_nothing_is_lost(
 def test_planning_loads_neither_pyarrow_nor_duckdb_nor_mlflow() -> None:
     code = (
         "import sys, stillhouse.storage.manifest, stillhouse.storage.integrity\n"
-        "import stillhouse.storage.lock, stillhouse.storage.events, stillhouse.storage.tracking\n"
+        "import stillhouse.storage.lock, stillhouse.storage.events\n"
+        "import stillhouse.storage.tracking.tracker\n"
         "print(sorted({'pyarrow', 'duckdb', 'mlflow', 'torch', 'requests'} & set(sys.modules)))"
     )
     root = Path(__file__).parents[2]

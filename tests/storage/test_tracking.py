@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 from stillhouse.errors import ConfigError, TrackingError
 from stillhouse.storage.events import EventLog
 from stillhouse.storage.layout import RunFolder
-from stillhouse.storage.tracking import Tracker, default_uri
+from stillhouse.storage.tracking.tracker import Tracker, default_uri
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("mlflow_environment")]
 
