@@ -15,7 +15,7 @@ Split = Literal["train", "heldout"]
 
 
 def content_id(kind: str, *parts: str) -> str:
-    """Return a 24-character id of `kind`: its first letters and 80 bits of SHA-256 of `parts`."""
+    """Return the id of `parts`: `kind`, an underscore and 20 hex digits (80 bits) of SHA-256."""
     digest = hashlib.sha256("\x1f".join((kind, *parts)).encode()).hexdigest()
     return f"{kind}_{digest[:20]}"
 
@@ -32,7 +32,7 @@ class RawRecord(Record):
     """A row as read from a source or proposed by a generator, before duplicates are known."""
 
     TABLE: ClassVar[str] = "raw"
-    kind: str  # "prompt", "question" or "proposal"
+    kind: Literal["prompt", "question", "proposal"]
     source: int  # position of the source in the recipe; of a proposal, its round
     row: int
     text: str  # whitespace-normalised

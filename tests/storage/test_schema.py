@@ -1,12 +1,21 @@
 """The Arrow schema that a record's annotations give."""
 
+import re
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pytest
 
-from stillhouse.storage.records import TABLES, PromptRecord, Record, ScoreRecord, TrainStepRecord
+from stillhouse.storage.records import (
+    TABLES,
+    PromptRecord,
+    RawRecord,
+    Record,
+    ScoreRecord,
+    TrainStepRecord,
+    content_id,
+)
 from stillhouse.storage.schema import schema_of, table_of
 
 
@@ -61,6 +70,18 @@ def prompt(**changes: object) -> PromptRecord:
 def test_a_row_that_does_not_fit_is_named(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         table_of(PromptRecord, [prompt(), prompt(**changes)])
+
+
+def test_an_id_is_its_kind_and_twenty_hex_digits() -> None:
+    assert re.fullmatch("completion_[0-9a-f]{20}", content_id("completion", "p", "text"))
+    assert content_id("completion", "pt", "ext") != content_id("completion", "p", "text")
+
+
+def test_a_raw_row_is_of_a_declared_kind() -> None:
+    kind: Any = "answer"
+    row = RawRecord(kind, 0, 0, "t", "r", "o", None, None, "l", "kept", None)
+    with pytest.raises(ValueError, match=r"raw\.kind: expected one of .*found \['answer'\]"):
+        table_of(RawRecord, [row])
 
 
 def test_a_row_of_another_table_is_refused() -> None:
