@@ -3,7 +3,10 @@
 runs/<name>/
     recipe.resolved.json  plan.json  manifest.jsonl  events.jsonl  report.json
     logs/  .lock  .verified.json  .tracking/  .spill-<host>@<pid>@<number>/
-    stages/<stage>/<key>/<table>/part-<shard>.parquet
+    stages/<stage>/<key>/
+        <table>/part-<shard>.parquet
+        adapter/  checkpoints/step_<n>/    of what trains: specialize, distill, evaluate/ceiling
+        model/                             the exported student, of deploy
 """
 
 from dataclasses import dataclass
