@@ -1,6 +1,6 @@
 """Parquet files that others wrote: read row by row, for data sources."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,17 +11,14 @@ from stillhouse.errors import SourceError
 _BATCH_ROWS = 1024
 
 
-def read_parquet_rows(
-    path: Path, columns: Sequence[str] | None = None
-) -> Iterator[dict[str, object]]:
+def read_parquet_rows(path: Path) -> Iterator[dict[str, object]]:
     """Yield the rows of a Parquet file as plain values, holding one batch at a time.
 
     Raises SourceError when the file is not Parquet or was cut short.
     """
     try:
         with pq.ParquetFile(path) as file:
-            names = list(columns) if columns is not None else None
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=names):
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS):
                 yield from batch.to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
         raise SourceError(

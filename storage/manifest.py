@@ -14,7 +14,6 @@ from stillhouse.storage.journal import JSON, Journal
 from stillhouse.storage.layout import RunFolder
 
 __all__ = [
-    "JSON",
     "Counts",
     "FileEntry",
     "Manifest",

@@ -19,7 +19,7 @@ from stillhouse.storage.manifest import FileEntry
 from stillhouse.storage.records import TABLES, Record
 from stillhouse.storage.schema import schema_of, table_of
 
-__all__ = ["hash_artifact", "hash_artifacts", "read_rows", "write_shard"]
+__all__ = ["hash_artifacts", "read_rows", "write_shard"]
 
 R = TypeVar("R", bound=Record)
 
@@ -71,15 +71,10 @@ def read_rows(
         ) from error
 
 
-def hash_artifact(folder: RunFolder, path: Path) -> FileEntry:
-    """Return the entry of a file that is not ours to read rows from, such as an adapter."""
-    return file_entry(folder, path, "artifact", 0)
-
-
 def hash_artifacts(folder: RunFolder, path: Path) -> tuple[FileEntry, ...]:
-    """Return the entries of all files under a folder, in order of name."""
+    """Return the entries of all files under a folder that holds no rows, in order of name."""
     files = sorted(found for found in path.rglob("*") if found.is_file())
-    return tuple(hash_artifact(folder, found) for found in files)
+    return tuple(file_entry(folder, found, "artifact", 0) for found in files)
 
 
 def _write(table: pa.Table, path: Path) -> None:

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillhouse.errors import AccountingError, IntegrityError
+from stillhouse.storage.journal import JSON
 from stillhouse.storage.layout import RunFolder
 from stillhouse.storage.manifest import (
-    JSON,
     Counts,
     FileEntry,
     Manifest,
