@@ -32,7 +32,7 @@ class TrainingClock:
         self._last = now
 
     def _write(self, step: int, seconds: float) -> None:
-        self._journal.append([{"step": step, "seconds": seconds}], sync=False)
+        self._journal.append({"step": step, "seconds": seconds}, sync=False)
 
 
 def carried_seconds(folder: RunFolder, stage: str, key: str) -> float:

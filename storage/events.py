@@ -92,7 +92,7 @@ class EventLog:
             "stage": stage,
             "data": {name: redacted("", value) for name, value in data.items()},
         }
-        self._journal.append([event], sync=kind != "metric")
+        self._journal.append(event, sync=kind != "metric")
         self._last += 1
         return self._last
 

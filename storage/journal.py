@@ -7,7 +7,7 @@ after it was not torn but edited, and is refused.
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -54,9 +54,9 @@ class Journal:
                 else:
                     raise IntegrityError(self._malformed(number, raw))
 
-    def append(self, values: Iterable[Mapping[str, object]], *, sync: bool = True) -> None:
-        """Append one line a value in one write; with `sync` they are on disk on return."""
-        data = b"".join(_line(value) for value in values)
+    def append(self, value: Mapping[str, object], *, sync: bool = True) -> None:
+        """Append one line in one write; with `sync` it is on disk on return."""
+        data = _line(value)
         with full_disk_explained(self.path, len(data)):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             is_new = not self.path.exists()

@@ -101,7 +101,7 @@ class Manifest:
     def append(self, entry: ShardEntry | StageEntry) -> None:
         """Commit `entry`: when this returns its line is on disk. A later line of one shard wins."""
         kind = "shard" if isinstance(entry, ShardEntry) else "stage"
-        self._journal.append([{"kind": kind, **asdict(entry)}])
+        self._journal.append({"kind": kind, **asdict(entry)})
 
     def shards(self, stage: str, key: str) -> dict[str, ShardEntry]:
         """Return the committed shards of `stage` under `key`, by name, in order of commit."""
