@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -11,6 +11,7 @@ from stillhouse.errors import ConfigError, StillhouseError
 
 if TYPE_CHECKING:
     from stillhouse.configs.recipe import RecipeConfig
+    from stillhouse.storage.catalog import Catalog
     from stillhouse.storage.layout import RunFolder
 
 app = typer.Typer(
@@ -137,7 +138,7 @@ def _folder(run: str) -> "RunFolder":
     raise ConfigError(f"no run {run!r}: expected a folder with plan.json, or its name under runs/")
 
 
-def _catalog(run: str) -> Any:
+def _catalog(run: str) -> "Catalog":
     from stillhouse.storage.catalog import Catalog
     from stillhouse.storage.manifest import Manifest
 
