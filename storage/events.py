@@ -30,6 +30,7 @@ from stillhouse.storage.durable import replace_file
 from stillhouse.storage.journal import Journal, Line
 from stillhouse.storage.layout import RunFolder
 from stillhouse.storage.redaction import redacted
+from stillhouse.storage.strict_json import json_text
 
 Kind = Literal[
     "run_started",
@@ -115,7 +116,7 @@ class EventLog:
             raise ValueError(f"event {event_id} was not handed out by pending({cursor_name!r})")
         cursor = {"id": event_id, "end": self._ends[event_id]}
         path = self._folder.tracking / f"{cursor_name}.cursor.json"
-        replace_file(path, json.dumps(cursor).encode())
+        replace_file(path, json_text(cursor, path).encode())
         self._ends = {number: end for number, end in self._ends.items() if number > event_id}
 
     def _cursor(self, name: str) -> _Cursor:

@@ -16,6 +16,7 @@ from stillhouse.errors import IntegrityError
 from stillhouse.storage.durable import replace_file
 from stillhouse.storage.layout import RunFolder
 from stillhouse.storage.manifest import FileEntry
+from stillhouse.storage.strict_json import json_text
 
 _RACY_NS = 2_000_000_000  # the coarsest time stamp of file systems in use is 2 s
 CURE = (
@@ -97,7 +98,7 @@ def _load(folder: RunFolder) -> _Memo:
 def _save(folder: RunFolder, memo: _Memo) -> None:
     rows = {path: [*stamp, sha256] for path, (stamp, sha256) in memo.items()}
     try:
-        replace_file(folder.verified, json.dumps(rows).encode())
+        replace_file(folder.verified, json_text(rows, folder.verified).encode())
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise  # a run folder that may only be read is still a run folder to verify

@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 from stillhouse.errors import IntegrityError
 from stillhouse.storage.durable import full_disk_explained, sync_path
+from stillhouse.storage.strict_json import json_text
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 
@@ -55,8 +56,11 @@ class Journal:
                     raise IntegrityError(self._malformed(number, raw))
 
     def append(self, value: Mapping[str, object], *, sync: bool = True) -> None:
-        """Append one line in one write; with `sync` it is on disk on return."""
-        data = _line(value)
+        """Append one line in one write; with `sync` it is on disk on return.
+
+        Raises StillhouseError when a number in it is not finite.
+        """
+        data = json_text(value, self.path).encode() + b"\n"
         with full_disk_explained(self.path, len(data)):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             is_new = not self.path.exists()
@@ -99,10 +103,6 @@ def _parse(raw: bytes) -> dict[str, JSON] | None:
     except ValueError:  # JSON and UTF-8 errors both
         return None
     return value if isinstance(value, dict) else None
-
-
-def _line(value: Mapping[str, object]) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode() + b"\n"
 
 
 def _write(descriptor: int, data: bytes, offset: int) -> None:

@@ -12,6 +12,7 @@ from uuid import uuid4
 
 from stillhouse.errors import IntegrityError
 from stillhouse.storage.durable import replace_file
+from stillhouse.storage.strict_json import json_text
 
 
 @dataclass(slots=True)
@@ -42,4 +43,4 @@ class TrackingState:
 
     def save(self, path: Path) -> None:
         """Write the state so that a kill leaves the old one or the new one."""
-        replace_file(path, json.dumps(asdict(self), indent=1).encode())
+        replace_file(path, json_text(asdict(self), path, indent=1).encode())

@@ -235,7 +235,7 @@ def test_the_default_is_a_database_beside_the_runs(folder, monkeypatch, tmp_path
     assert uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
     log = EventLog(folder)
     log.emit("run_started", params={"a": 1}, tags={})
-    log.emit("metric", None, name="loss", value=float("nan"), step=1)
+    log.emit("metric", None, name="loss", value=0.5, step=1)
     tracker = Tracker(folder, log, uri, "local", "run")
     assert tracker.probe() is None
     assert tracker.flush() == 2
