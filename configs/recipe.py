@@ -30,7 +30,7 @@ class TrackingConfig(Config):
 class ExecutionConfig(Config):
     """How the work is run; nothing here changes what is written."""
 
-    threads: int = knob(0, ge=0)  # 0: all cores
+    threads: int = knob(0, ge=0)  # 0: OMP_NUM_THREADS, else all cores
 
 
 class RecipeConfig(Config):
@@ -89,6 +89,13 @@ class RecipeConfig(Config):
             raise ValueError(
                 f"expand.prompts_per_round: {count} cannot be shared by {len(names)} generators"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _each_arm_answers_once(self) -> Self:
+        arms = self.evaluate.arms
+        if len(set(arms)) != len(arms):
+            raise ValueError(f"evaluate.arms: expected different arms, found {list(arms)}")
         return self
 
     @model_validator(mode="after")

@@ -1,10 +1,13 @@
 """One section for each stage, of the stage's name."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from stillhouse.configs.base import Config, knob
+
+# An empty one would end every answer before it begins.
+StopStrings = tuple[Annotated[str, Field(min_length=1)], ...]
 
 
 class LoraConfig(Config):
@@ -44,7 +47,7 @@ class ScoreConfig(Config):
     """The specialist answers; specialist and base score the answer."""
 
     max_new_tokens: int = Field(16, ge=1)
-    stop: tuple[str, ...] = ("\n",)
+    stop: StopStrings = ("\n",)
     batch_size: int = knob(32, ge=1)
 
 
@@ -83,7 +86,7 @@ class CurateConfig(Config):
 
 
 class GateConfig(Config):
-    """What the student must reach to be promoted to `champion`."""
+    """What the student must reach to be promoted to `champion`; without a threshold, nobody is."""
 
     min_recovery: float | None = None
     min_accuracy: float | None = Field(None, ge=0, le=1)
@@ -99,7 +102,7 @@ class EvaluateConfig(Config):
         "student",
     )
     max_new_tokens: int = Field(16, ge=1)
-    stop: tuple[str, ...] = ("\n",)
+    stop: StopStrings = ("\n",)
     gate: GateConfig = GateConfig()
     batch_size: int = knob(32, ge=1)
 
@@ -119,7 +122,7 @@ class CompressConfig(Config):
 class DeployConfig(Config):
     """The exported student and its name in the registry."""
 
-    model_name: str = "stillhouse-student"
+    model_name: str = Field("stillhouse-student", pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     questions: int = Field(64, ge=1)  # answered again by the reloaded copy
     max_mismatch: float = Field(0.02, ge=0, le=1)  # share of answers that may differ

@@ -12,7 +12,7 @@ from pathlib import Path
 from stillhouse.configs.recipe import RecipeConfig
 from stillhouse.errors import StillhouseError
 from stillhouse.workers.models.cache_folder import default_cache_root
-from stillhouse.workers.models.refs import fingerprint
+from stillhouse.workers.models.refs import fingerprint, is_here
 from stillhouse.workers.sources import reader
 
 NEEDED = ("torch", "transformers", "peft", "pyarrow", "duckdb", "mlflow", "triton", "datasketch")
@@ -32,7 +32,8 @@ class Check:
 def diagnose(recipe: RecipeConfig) -> Iterator[Check]:
     """Check Python, packages, cores, space, and the recipe's models and data."""
     release = ".".join(map(str, sys.version_info[:3]))
-    yield Check("python", sys.version_info >= (3, 11), release, "install Python 3.11 or newer")
+    supported = (3, 11) <= sys.version_info < (3, 14)
+    yield Check("python", supported, release, "install Python 3.11, 3.12 or 3.13")
     for package in NEEDED:
         yield _package(package)
     yield Check("cores", True, str(len(os.sched_getaffinity(0))))
@@ -69,6 +70,8 @@ def _reference(kind: str, ref: str) -> Check:
     try:
         if kind == "model":
             fingerprint(ref, cache_root)
+            if not is_here(ref):
+                return Check(f"{kind} {ref}", True, "not here yet: the run fetches it")
         else:
             reader.fingerprint(ref, cache_root, Path.cwd())
     except StillhouseError as error:

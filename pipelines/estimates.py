@@ -5,6 +5,7 @@ forward pass takes about 2 floating-point operations a parameter and token, LoRA
 (frozen weights need no gradient of their own).
 """
 
+import math
 import os
 from dataclasses import dataclass
 from itertools import islice
@@ -14,6 +15,7 @@ from stillhouse.configs.data import SourceConfig
 from stillhouse.configs.recipe import RecipeConfig
 from stillhouse.configs.stages import TrainConfig
 from stillhouse.storage.manifest import Manifest, StageEntry
+from stillhouse.workers.models.refs import is_here
 from stillhouse.workers.models.size import parameters
 from stillhouse.workers.sources.reader import read
 
@@ -26,12 +28,15 @@ MOST_ROWS = 1_000_000  # counted; a larger source is taken to have this many
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Rows in, tokens through a model, seconds on this machine, bytes written."""
+    """Rows in, tokens through a model, seconds on this machine, bytes written.
+
+    Seconds and bytes are NaN where a model is not on this machine yet.
+    """
 
     rows: int
     tokens: int
     seconds: float
-    bytes: int
+    bytes: float
 
 
 def estimate(recipe: RecipeConfig, manifest: Manifest, keys: dict[str, str]) -> dict[str, Estimate]:
@@ -57,8 +62,8 @@ def _fresh(recipe: RecipeConfig) -> dict[str, Estimate]:
     private = 0 if recipe.data.private is None else _count(recipe.data.private)
     made = recipe.expand.rounds * recipe.expand.prompts_per_round
     corpus = min(pool, recipe.select.budget or pool) + made
-    base = parameters(recipe.models.specialist or recipe.models.base)
-    target = parameters(recipe.models.target)
+    base = _size(recipe.models.specialist or recipe.models.base)
+    target = _size(recipe.models.target)
     pair = PROMPT_TOKENS + ANSWER_TOKENS
     listed = recipe.expand.shots * PROMPT_TOKENS
     asked = questions * len(recipe.evaluate.arms)
@@ -77,15 +82,19 @@ def _fresh(recipe: RecipeConfig) -> dict[str, Estimate]:
     }
 
 
-def _cost(rows: int, tokens: int, flops_per_token: int, files: int = 0) -> Estimate:
+def _size(ref: str) -> float:
+    return parameters(ref) if is_here(ref) else math.nan
+
+
+def _cost(rows: int, tokens: int, flops_per_token: float, files: float = 0) -> Estimate:
     cores = len(os.sched_getaffinity(0))
     seconds = tokens * flops_per_token / (cores * FLOPS_PER_CORE)
     return Estimate(rows, tokens, seconds, rows * ROW_BYTES + files)
 
 
-def _trained(examples: int, size: int, config: TrainConfig) -> Estimate:
+def _trained(examples: int, size: float, config: TrainConfig) -> Estimate:
     tokens = examples * config.epochs * (PROMPT_TOKENS + ANSWER_TOKENS)
-    return _cost(examples, tokens, 5 * size, files=size // 10)
+    return _cost(examples, tokens, 5 * size, files=size / 10)
 
 
 def _count(source: SourceConfig) -> int:

@@ -24,6 +24,9 @@ def gate(
     config: GateConfig, arms: Mapping[str, Figures], recovered: float | None
 ) -> dict[str, Any]:
     """The verdict on the student and, where it fails, the reason with its numbers."""
+    if config.min_recovery is None and config.min_accuracy is None:
+        unset = "no threshold is set: evaluate.gate.min_recovery or evaluate.gate.min_accuracy"
+        return {"passed": False, "reasons": [unset]}
     reasons = []
     if config.min_recovery is not None and (recovered is None or recovered < config.min_recovery):
         reasons.append(f"recovery {recovered} is under min_recovery {config.min_recovery}")

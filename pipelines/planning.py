@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 
+from stillhouse.errors import IntegrityError
 from stillhouse.pipelines.estimates import Estimate, estimate
 from stillhouse.pipelines.runner import Runner
 from stillhouse.storage.layout import RunFolder
@@ -40,10 +41,22 @@ def plan_run(runner: Runner) -> list[StagePlan]:
     ]
 
 
+def read_keys(folder: RunFolder) -> dict[str, str]:
+    """Return the keys of the recipe that was last started in a folder, by stage."""
+    try:
+        keys = json.loads(folder.plan.read_text(encoding="utf-8"))
+        return {str(stage): str(key) for stage, key in keys.items()}
+    except (ValueError, AttributeError) as error:
+        raise IntegrityError(
+            f"{folder.plan}: expected the keys of the stages in JSON, found {error}; run the "
+            "recipe again: that writes it anew and keeps what is finished"
+        ) from error
+
+
 def read_status(folder: RunFolder) -> RunStatus:
     """Return how far the recipe that was last started in a folder is."""
     manifest = Manifest(folder)
-    keys: dict[str, str] = json.loads(folder.plan.read_text(encoding="utf-8"))
+    keys = read_keys(folder)
     holder = holder_of(folder)
     who = f"run by process {holder.pid} on {holder.host}" if holder else None
     stages = tuple(_plan(manifest, name, key) for name, key in keys.items())

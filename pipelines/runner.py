@@ -61,7 +61,7 @@ class Runner:
         file was changed, ConfigError where `resume` is "must" and there is nothing to go on with.
         """
         stages, keys = self._chosen(until), self.keys()
-        self.folder.root.mkdir(parents=True, exist_ok=True)
+        self._make_folder()
         with RunLock(self.folder):
             self.observer.run_opened(keys)
             manifest = self._start(resume, keys)
@@ -82,6 +82,14 @@ class Runner:
             else:
                 self.observer.run_cached(report)
         return report
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.root.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            raise ConfigError(
+                f"runs_root: expected a folder that can be written, found {error}; give another"
+            ) from error
 
     def _chosen(self, until: str | None) -> Sequence[Stage]:
         stages = self.stages()
@@ -119,9 +127,12 @@ class Runner:
             return False
         if not self.folder.report.is_file():
             return False
-        report = json.loads(self.folder.report.read_text(encoding="utf-8"))
-        told = {stage.name for stage in stages} <= report["stages"].keys()
-        return told and bool(report["keys"] == dict(keys))
+        try:
+            report = json.loads(self.folder.report.read_text(encoding="utf-8"))
+            told = {stage.name for stage in stages} <= report["stages"].keys()
+            return told and bool(report["keys"] == dict(keys))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return False  # edited or of another version: it is written anew
 
     def _write_json(self, path: Path, value: object) -> None:
         # Keys stay in the order of the line, in which `status` and `report` print them.

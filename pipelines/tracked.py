@@ -200,4 +200,4 @@ def _digest(files: Sequence[FileEntry]) -> str:
     return hashlib.sha256("".join(file.sha256 for file in files).encode()).hexdigest()[:16]
 
 
-_HEADLINES = ("accuracy", "perplexity", "recovery", "cache")
+_HEADLINES = ("accuracy", "perplexity", "recovery", "selection", "cache")

@@ -1,4 +1,4 @@
-"""Stillhouse: distil a model into another one and serve it with a compressed cache.
+"""Stillhouse: distil a model into another one and give it a compressed cache.
 
 The rooms (`configs/`, `storage/`, `kernels/`, `workers/`, `pipelines/`) lie beside this folder in
 a checkout and inside it in a wheel; either way their import name is `stillhouse.<room>`. In a

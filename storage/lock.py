@@ -17,6 +17,7 @@ from typing import Self
 
 from stillhouse.errors import LockedError
 from stillhouse.storage.layout import RunFolder
+from stillhouse.storage.redaction import redact_uris
 
 _held: set[int] = set()
 _TRIES, _PAUSE = 4, 0.05  # seconds
@@ -99,7 +100,7 @@ def _ourselves() -> Holder:
         host=os.uname().nodename,
         user=_user(),
         started=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=" ".join(sys.argv),
+        command=redact_uris(" ".join(sys.argv)),
     )
 
 

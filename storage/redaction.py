@@ -4,7 +4,9 @@ import re
 
 HIDDEN = "[redacted]"
 
-_URI_CREDENTIALS = re.compile(r"(?<=://)[^/\s]+@")
+# A password may hold a slash or an @; what looks like a port ends the host.
+_URI_CREDENTIALS = re.compile(r"(?<=://)(?:[^/\s]+|[^:/\s]+:(?!\d+/)\S+)@")
+_QUERY_PARAMETER = re.compile(r"(?<=[?&])([^=&\s]+)=([^&\s]+)")
 # `hf_token`, `api.key`, `db_password`; not `max_tokens`, `key_bits`, `tokenizer`.
 _LAST_WORD = re.compile(r"(^|[._\-/])(key|token|credentials?)$", re.IGNORECASE)
 _ANYWHERE = re.compile(r"passw(or)?d|secret|api_?key", re.IGNORECASE)
@@ -12,8 +14,13 @@ _TOKENIZER = re.compile(r"(^|[._\-/])(bos|eos|pad|unk|sep|cls|mask)_token$", re.
 
 
 def redact_uris(text: str) -> str:
-    """Return `text` with the user and password of every URI in it hidden."""
-    return _URI_CREDENTIALS.sub(f"{HIDDEN}@", text)
+    """Return `text` with the user, password and secret query parameters of every URI hidden."""
+    return _QUERY_PARAMETER.sub(_hidden_parameter, _URI_CREDENTIALS.sub(f"{HIDDEN}@", text))
+
+
+def _hidden_parameter(found: re.Match[str]) -> str:
+    name = found[1]
+    return f"{name}={HIDDEN}" if is_secret(name) or name.lower() == "user" else found[0]
 
 
 def is_secret(name: str) -> bool:

@@ -79,7 +79,7 @@ class CompressStage(Stage):
 def _heldout(run: StageRun, task: Task) -> list[tuple[str, str]]:
     """Ids and texts that the student was not trained on: the corpus' held-out part, else questions.
 
-    The first ones by place: the corpus is sorted by id, which is a hash.
+    The first ones by place: pool prompts before those of later rounds, each by id, which is a hash.
     """
     limit = run.recipe.compress.texts
     rows = run.rows(task.inputs, CorpusRecord)

@@ -17,7 +17,7 @@ from stillhouse.pipelines.stage import Outcome, Part, Stage, Task
 from stillhouse.pipelines.stage_run import StageRun
 from stillhouse.pipelines.text import chunked, normalise, render
 from stillhouse.storage.manifest import Counts
-from stillhouse.storage.records import QuestionRecord, RawRecord, content_id
+from stillhouse.storage.records import QuestionRecord, RawRecord, Status, content_id
 from stillhouse.workers.sources.reader import MalformedRow, SourceRow, read
 
 # A prompt that equals a question is a leak, whatever the order in which the two were read.
@@ -127,7 +127,7 @@ def _raw(
             origin = row.values[source.origin_column]
         if isinstance(source, PairsConfig):
             reference = row.values[source.response].strip()
-        reason = None if text else "empty"
+        reason = "empty_reference" if reference == "" else None if text else "empty"
     bare = isinstance(source, PoolConfig) and source.template == "none"
     return RawRecord(
         kind="question" if isinstance(source, PairsConfig) else "prompt",
@@ -144,7 +144,7 @@ def _raw(
     )
 
 
-def _status(row: SourceRow | MalformedRow, reason: str | None) -> str:
+def _status(row: SourceRow | MalformedRow, reason: str | None) -> Status:
     if isinstance(row, MalformedRow):
         return "failed"
     return "kept" if reason is None else "rejected"

@@ -27,9 +27,12 @@ class SelectStage(Stage):
     def finish(self, run: StageRun) -> Outcome:
         with run.catalog() as catalog:
             rows = catalog.rows(
-                "SELECT origin, count(*), count(*) FILTER (selections.status = 'rejected') "
-                "FROM selections JOIN prompts USING (prompt_id) WHERE prompts.status = 'kept' "
-                "GROUP BY origin ORDER BY origin"
+                # An answer that cannot be scored is rejected too: it has no row in `selections`.
+                "SELECT origin, count(*), "
+                "count(*) FILTER ('rejected' IN (scores.status, selections.status)) "
+                "FROM prompts JOIN scores USING (prompt_id) LEFT JOIN selections "
+                "ON selections.completion_id = scores.completion_id "
+                "WHERE prompts.status = 'kept' GROUP BY origin ORDER BY origin"
             )
         origins = {
             origin: {"rows": count, "rejected": rejected, "reject_rate": rejected / count}

@@ -45,8 +45,12 @@ def run(
     from stillhouse.pipelines.tracked import run_tracked
 
     config = _recipe(recipe, overrides)
-    with Console() as console:
-        report = run_tracked(config, console, resume, until)
+    try:
+        with Console() as console:
+            report = run_tracked(config, console, resume, until)
+    except KeyboardInterrupt:  # here: Typer ends without a word
+        print("stillhouse: stopped; run the same command again to go on", file=sys.stderr)
+        raise typer.Exit(130) from None
     show_report(report, Path(config.runs_root) / config.name)
     refused = report.get("deployment", {}).get("refused")
     if refused:
@@ -81,7 +85,13 @@ def report(run: RunArgument) -> None:
     folder = _folder(run)
     if not folder.report.is_file():
         raise ConfigError(f"{folder.report}: no report yet; the run is not finished")
-    show_report(json.loads(folder.report.read_text(encoding="utf-8")), folder.root)
+    try:
+        found = json.loads(folder.report.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(
+            f"{folder.report}: expected JSON, found {error}; run the recipe again to write it anew"
+        ) from error
+    show_report(found, folder.root)
 
 
 @app.command()
@@ -139,12 +149,12 @@ def _folder(run: str) -> "RunFolder":
 
 
 def _catalog(run: str) -> "Catalog":
+    from stillhouse.pipelines.planning import read_keys
     from stillhouse.storage.catalog import Catalog
     from stillhouse.storage.manifest import Manifest
 
     folder = _folder(run)
-    keys = json.loads(folder.plan.read_text(encoding="utf-8"))
-    return Catalog(folder, Manifest(folder), keys)
+    return Catalog(folder, Manifest(folder), read_keys(folder))
 
 
 def main() -> None:
@@ -154,6 +164,3 @@ def main() -> None:
     except StillhouseError as error:
         print(f"stillhouse: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("stillhouse: stopped; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)

@@ -1,5 +1,6 @@
 """What the commands print on standard output."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -14,6 +15,7 @@ from stillhouse.pipelines.diagnosis import Check
 from stillhouse.pipelines.estimates import Estimate
 from stillhouse.pipelines.planning import RunStatus, StagePlan
 
+WIDEST = 10_000  # characters of a line that goes to a file
 ARMS = {
     "base": "base",
     "specialist": "specialist",
@@ -65,6 +67,12 @@ def _summary(report: Mapping[str, Any]) -> str:
     lines = []
     if report["recovery"] is not None:
         lines.append(f"recovery {report['recovery']:.2f}")
+    if "selection" in report:
+        shares = (
+            f"{origin} {figures['reject_rate']:.0%} of {figures['rows']:,}"
+            for origin, figures in report["selection"].items()
+        )
+        lines.append(f"rejected by origin: {', '.join(shares)}")
     if "cache" in report:
         cache = report["cache"]
         full, small = cache["bytes_per_token_16bit"], cache["bytes_per_token"]
@@ -102,7 +110,7 @@ def show_plan(stages: Sequence[StagePlan]) -> None:
     """Print what would run, what is reused and why; costs are estimates."""
     table = Table(title="plan")
     for column in ("stage", "state", "why"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for column in ("≈ rows", "≈ tokens", "≈ minutes", "≈ MB"):
         table.add_column(column, justify="right")
     for stage in stages:
@@ -110,7 +118,9 @@ def show_plan(stages: Sequence[StagePlan]) -> None:
     costs = [stage.cost for stage in stages if stage.cost is not None]
     minutes = sum(cost.seconds for cost in costs) / 60
     tokens, size = sum(cost.tokens for cost in costs), sum(cost.bytes for cost in costs) / 1e6
-    table.add_row("all", "", "", "", f"{tokens:,}", f"{minutes:.1f}", f"{size:,.1f}", style="bold")
+    table.add_row(
+        "all", "", "", "", f"{tokens:,}", _estimated(minutes), _estimated(size), style="bold"
+    )
     Terminal(emoji=False).print(table)
 
 
@@ -120,9 +130,13 @@ def _costs(cost: Estimate | None) -> tuple[str, ...]:
     return (
         f"{cost.rows:,}",
         f"{cost.tokens:,}",
-        f"{cost.seconds / 60:.1f}",
-        f"{cost.bytes / 1e6:,.1f}",
+        _estimated(cost.seconds / 60),
+        _estimated(cost.bytes / 1e6),
     )
+
+
+def _estimated(value: float) -> str:
+    return "?" if math.isnan(value) else f"{value:,.1f}"
 
 
 def show_status(status: RunStatus) -> None:
@@ -137,14 +151,22 @@ def show_rows(names: Sequence[str], rows: Iterable[Sequence[Any]], limit: int) -
     """Print a query's first rows."""
     table = Table()
     for name in names:
-        table.add_column(Text(name))
+        table.add_column(Text(name), overflow="fold")  # a part of an id is of no use
     found = list(islice(rows, limit + 1))
     for row in found[:limit]:
         table.add_row(*(Text(_cell(value)) for value in row))  # text, else [x] is markup
-    terminal = Terminal(emoji=False)
+    terminal = _wide_terminal()
     terminal.print(table)
     if len(found) > limit:
         terminal.print(f"… more than {limit} rows; --limit prints more", style="dim")
+
+
+def _wide_terminal() -> Terminal:
+    """A file or a pipe has no width: there a row is a line."""
+    terminal = Terminal(emoji=False)
+    if not terminal.is_terminal:
+        terminal.width = WIDEST
+    return terminal
 
 
 def _cell(value: object) -> str:

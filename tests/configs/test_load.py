@@ -99,7 +99,7 @@ def test_files_that_are_no_recipe(tmp_path: Path, text: str, message: str) -> No
         ("distill.learning_rate=2E5", "distill", "learning_rate", 2e5),
         ("select.budget=null", "select", "budget", None),
         ("score.stop=[a, b]", "score", "stop", ("a", "b")),
-        ("deploy.model_name=a=b", "deploy", "model_name", "a=b"),
+        ("tracking.experiment=a=b", "tracking", "experiment", "a=b"),
         ("deploy.model_name='1'", "deploy", "model_name", "1"),
     ],
 )
@@ -170,12 +170,12 @@ def test_any_value_survives_an_override(rate: float, epochs: int, name: str) -> 
     overrides = [
         f"distill.learning_rate={rate!r}",
         f"distill.epochs={epochs}",
-        f"deploy.model_name={quoted}",
+        f"tracking.experiment={quoted}",
     ]
     recipe = load_recipe("tiny", overrides)
     assert recipe.distill.learning_rate == rate
     assert recipe.distill.epochs == epochs
-    assert recipe.deploy.model_name == name
+    assert recipe.tracking.experiment == name
 
 
 @given(st.sampled_from(sorted(RecipeConfig.model_fields)), st.integers(0, 20))

@@ -37,6 +37,23 @@ def test_training_a_specialist_needs_private_data(tree: dict[str, Any]) -> None:
     assert "peft:<folder>" in message
 
 
+def test_arms_are_different(tree: dict[str, Any]) -> None:
+    tree["evaluate"] = {"arms": ["student", "student"]}
+    assert "evaluate.arms: expected different arms" in refused(tree)
+
+
+@pytest.mark.parametrize("section", ["score", "evaluate"])
+def test_a_stop_string_is_not_empty(tree: dict[str, Any], section: str) -> None:
+    tree[section] = {"stop": ["\n", ""]}
+    assert f"{section}.stop" in refused(tree)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "o'x", "a:b", "-x"])
+def test_a_model_name_is_one_that_a_registry_takes(tree: dict[str, Any], name: str) -> None:
+    tree["deploy"] = {"model_name": name}
+    assert "deploy.model_name" in refused(tree)
+
+
 def test_the_ceiling_needs_private_data(tree: dict[str, Any]) -> None:
     tree["evaluate"] = {"arms": ["student", "ceiling"]}
     assert "the ceiling arm train on private pairs" in refused(tree)

@@ -3,6 +3,7 @@ nothing to start again."""
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -226,7 +227,43 @@ def test_trace_of_a_question_and_of_nothing(clean_run: RunFolder, ask) -> None:
     assert "no table of this run knows the id 'prompt_nothing'" in done.text
 
 
+# Ctrl-C
+
+INTERRUPTIBLE = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
+from stillhouse.cli import main
+main()
+"""
+
+
+def test_an_interrupted_run_says_how_to_go_on(cache_root: Path, tmp_path: Path) -> None:
+    running = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTIBLE, "run", "tiny", f"runs_root={tmp_path}"],
+        cwd=ROOT,
+        env=environment(cache_root),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert running.stderr is not None
+    before = next(line for line in running.stderr if "ingest" in line)
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=120)
+    assert "kept" in before
+    assert running.returncode == 130
+    assert said.endswith("stillhouse: stopped; run the same command again to go on\n")
+    assert "Traceback" not in said
+
+
 # Doctor, and the arguments
+
+
+def test_doctor_knows_what_the_run_will_fetch(ask, tmp_path: Path) -> None:
+    recipe = tmp_path / "far.yaml"
+    recipe.write_text(f"extends: tiny\nmodels:\n  target: hf:some/model@{'0' * 40}\n")
+    done = ask("doctor", str(recipe))
+    assert f"✓ model hf:some/model@{'0' * 40}: not here yet: the run fetches it" in done.out
 
 
 def test_doctor(ask) -> None:

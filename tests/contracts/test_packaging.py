@@ -1,4 +1,4 @@
-"""Guarantees 1-6 of README.md: the package is the same however it is reached."""
+"""Guarantees 1-5 of README.md: the package is the same however it is reached."""
 
 import importlib.metadata
 import json

@@ -40,7 +40,7 @@ def test_recovery(found: dict, expected: float | None) -> None:
 @pytest.mark.parametrize(
     ("config", "student", "recovered", "reasons"),
     [
-        ({}, 0.0, None, 0),
+        ({}, 1.0, 1.0, 1),  # no threshold: nobody passes
         ({"min_recovery": 0.6}, 0.5, 0.6, 0),
         ({"min_recovery": 0.6}, 0.5, 0.59, 1),
         ({"min_recovery": 0.6}, 0.5, None, 1),
@@ -95,12 +95,13 @@ def test_the_ceiling_is_the_target_on_the_private_pairs(line: Line) -> None:
     line.tree["data"]["private"] = {"ref": line.jsonl("private", private), "response": "answer"}
     line.tree["evaluate"] = {"arms": ["target_before", "student", "ceiling"]}
     line.tree["distill"] = {"epochs": 3, "batch_size": 1}
-    jobs, specs = [], []
+    jobs: list[TrainJob] = []
+    specs: list[ModelSpec] = []
     line.workers = Noting(scripts()).into(jobs, specs)
     line.run("evaluate")
     student, ceiling = jobs
-    private = [("a secret", " S1"), ("another", " ")]
-    assert [(row.prompt, row.response) for row in ceiling.examples] == private
+    pairs = [("a secret", " S1"), ("another", " ")]
+    assert [(row.prompt, row.response) for row in ceiling.examples] == pairs
     assert not {row.prompt for row in student.examples} & {"a secret", "another"}
     assert (ceiling.model, ceiling.config) == (student.model, student.config)
     assert specs[-2:] == [

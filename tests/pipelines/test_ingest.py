@@ -100,6 +100,15 @@ def test_a_question_that_is_set_aside_for_its_form_is_no_leak(line: Line) -> Non
     assert line.rows("SELECT text FROM questions WHERE status = 'kept'") == [("c",)]
 
 
+def test_a_question_without_an_answer_is_set_aside(line: Line) -> None:
+    line.pool("a thing")
+    line.questions(asked="A", open="", blank="  ")
+    line.run("ingest")
+    rows = line.rows("SELECT text, status, reason FROM questions ORDER BY locator")
+    aside = ("rejected", "empty_reference")
+    assert rows == [("asked", "kept", None), ("open", *aside), ("blank", *aside)]
+
+
 def test_malformed_lines_are_set_aside_with_their_numbers(asked: Line) -> None:
     asked.jsonl(
         "pool", [{"prompt": "good"}, "{broken", "[1]", {"other": 1}, {"prompt": ""}, {"prompt": 5}]

@@ -1,6 +1,7 @@
 """What would run and why, what it would cost, and how far a run is."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,16 @@ def test_costs_by_hand(planned: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     assert costs["distill"].tokens == 14 * 3 * 35
     assert costs["distill"].seconds == pytest.approx(1470 * 5 * PARAMETERS / (2 * 70e9))
     assert costs["evaluate"].rows == 2 * 4
+
+
+def test_a_model_that_is_not_here_yet_has_no_size(planned: Line) -> None:
+    planned.tree["models"]["target"] = f"hf:some/model@{'0' * 40}"
+    costs = {plan.stage: plan.cost for plan in plan_run(planned.runner())}
+    assert costs["distill"] is not None
+    assert math.isnan(costs["distill"].seconds)
+    assert costs["distill"].tokens > 0
+    assert costs["score"] is not None
+    assert costs["score"].seconds > 0
 
 
 def test_a_budget_and_a_limit_bound_the_costs(planned: Line) -> None:

@@ -7,7 +7,8 @@ import pytest
 
 from stillhouse.pipelines.selection import judge
 from stillhouse.storage.records import CompletionRecord, ScoreRecord
-from tests.pipelines.conftest import Line
+from stillhouse.workers.scripted import Script
+from tests.pipelines.conftest import Line, code_of, scripts
 
 TAU = 1.5
 THRESHOLD = math.log(TAU)
@@ -137,3 +138,26 @@ def test_verdicts_come_in_shards(line: Line, count: int) -> None:
     parts = [len(part) for part in judge(line.stage("select"), 0)]
     assert sum(parts) == count
     assert all(size == 4 for size in parts[:-1])
+
+
+def test_the_reject_rate_of_an_origin_counts_answers_that_could_not_be_scored(line: Line) -> None:
+    made = scripts()
+    codes = made["base#adapter"]
+    made["base#adapter"] = Script(
+        lambda prompt: "" if "mute" in prompt else code_of(prompt), codes.logp
+    )
+    line.workers.scripts = made
+    rows = [
+        ("here", "special"),
+        ("here", "common ground"),
+        ("there", "mute"),
+        ("there", "mute too"),
+    ]
+    pool = line.jsonl("pool", ({"prompt": text, "origin": origin} for origin, text in rows))
+    line.tree["data"]["pool"] = [{"ref": pool, "origin_column": "origin"}]
+    line.questions(**{"two words": "C22"})
+    line.run("select")
+    assert line.entry("select").facts["origins"] == {
+        "here": {"rows": 2, "rejected": 1, "reject_rate": 0.5},
+        "there": {"rows": 2, "rejected": 2, "reject_rate": 1.0},
+    }

@@ -1,6 +1,7 @@
 """What a training's stage says of its time when it took several processes."""
 
 import time
+from dataclasses import asdict
 
 import pytest
 
@@ -79,7 +80,7 @@ def test_an_example_that_is_there_twice_is_counted_twice(line: Line) -> None:
     twice = [TrainExample("a", "one", " x"), *[TrainExample("b", "two", " ")] * 2]
     run = line.stage("distill")
     part = train(run, ModelSpec("target"), twice, line.recipe.distill)
-    told = [row.status for row in part.rows["examples"]]
+    told = [asdict(row)["status"] for row in part.rows["examples"]]
     assert told == ["kept", "rejected", "rejected"]
     assert part.counts == Counts(rows_in=3, kept=1, rejected=2)
 

@@ -91,7 +91,7 @@ def test_a_line_that_lacks_a_field_is_refused(folder: RunFolder) -> None:
         manifest.shards("score", "k")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 5), st.data())
 def test_a_file_cut_at_any_byte_is_a_prefix_and_can_be_continued(
     count: int, data: st.DataObject

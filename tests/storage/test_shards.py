@@ -82,7 +82,7 @@ def rows_of(record_type: type[Record]) -> st.SearchStrategy[Record]:
     return st.builds(record_type, **{name: values_of(hints[name]) for name in fields})
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_any_rows_of_any_table_come_back(data: st.DataObject) -> None:
     table = data.draw(st.sampled_from(sorted(TABLES)))

@@ -1,3 +1,5 @@
+import hashlib
+import json
 from collections import Counter
 from dataclasses import replace
 
@@ -11,6 +13,7 @@ from stillhouse.workers.sources.icd10cm import (
     concept,
     normalise,
 )
+from stillhouse.workers.sources.refs import BUILDER
 
 SPLITS = ("private", "evaluation", "pool", "lookalike", "elsewhere")
 CONFIG = Icd10Config(
@@ -130,6 +133,12 @@ def test_unlabelled_descriptions_belong_to_the_right_categories() -> None:
     assert {owner[text] for text in prompts("pool")} == trained
     assert not {owner[text] for text in prompts("lookalike")} & trained
     assert not set(prompts("elsewhere")) & owner.keys()
+
+
+def test_the_rows_are_those_of_this_builder() -> None:
+    """Other rows need another BUILDER: it is the fingerprint of what stages have read."""
+    made = json.dumps([rows(split) for split in SPLITS]).encode()
+    assert (BUILDER, hashlib.sha256(made).hexdigest()[:16]) == (2, "28b3812431562591")
 
 
 def test_origins() -> None:

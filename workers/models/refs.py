@@ -134,6 +134,12 @@ def hub_commit(ref: ModelRef) -> str:
     return commit
 
 
+def is_here(ref: str) -> bool:
+    """Whether a model's files are on this machine; those of `hf:` are fetched when it loads."""
+    parsed = parse(ref)
+    return parsed.scheme != "hf" or hub_folder(parsed).is_dir()
+
+
 def hub_folder(ref: ModelRef) -> Path:
     """Where the hub cache keeps this snapshot, whether or not it is there."""
     return _hub_cache() / _hub_name(ref.body) / "snapshots" / hub_commit(ref)

@@ -95,12 +95,18 @@ def read_csv(path: Path, label: str) -> Rows:
         reader = csv.reader(stream, strict=True)
         header = _header(reader, path)
         while True:
+            first = reader.line_num + 1
             try:
                 cells = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield MalformedRow(f"{label}:{reader.line_num}", f"expected CSV, found: {error}")
+                # A quote that nobody closes takes every line to the end of the file with it.
+                lines = (
+                    f"lines {first} to {reader.line_num}" if reader.line_num > first else "a line"
+                )
+                reason = f"expected CSV, found {lines} that cannot be read: {error}"
+                yield MalformedRow(f"{label}:{first}", reason)
                 continue
             if cells:
                 yield _cells(header, cells, f"{label}:{reader.line_num}")

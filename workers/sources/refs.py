@@ -25,7 +25,7 @@ Format = Literal["jsonl", "csv", "parquet"]
 Scheme = Literal["jsonl", "csv", "parquet", "package", "hf", "builtin"]
 
 BUILTINS = {"icd10cm": "simple-icd-10-cm"}  # name -> the distribution its rows come from
-BUILDER = 1  # raise it when a builtin makes other rows from the same package and parameters
+BUILDER = 2  # raise it when a builtin makes other rows from the same package and parameters
 
 
 @dataclass(frozen=True, slots=True)
