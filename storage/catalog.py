@@ -13,7 +13,7 @@ DuckDB 2 lets `WITH x AS (COPY …)` write, even in a read-only transaction, to 
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
@@ -21,33 +21,34 @@ from typing import Any, Self, TypeVar
 
 import duckdb
 
-from stillhouse.errors import ConfigError, IntegrityError, StorageFullError
+from stillhouse.errors import ConfigError, IntegrityError, StillhouseError, StorageFullError
 from stillhouse.storage.durable import spill_folder
 from stillhouse.storage.layout import RunFolder
-from stillhouse.storage.manifest import Manifest, stage_files
+from stillhouse.storage.manifest import Manifest
 from stillhouse.storage.records import TABLES, Record
-from stillhouse.storage.schema import schema_of
+from stillhouse.storage.shards import check_columns
 from stillhouse.storage.trace import Step, trace
+from stillhouse.storage.views import files_of, literal, paths_of, quoted, view
 
 R = TypeVar("R", bound=Record)
 
-_TYPES = {
-    "string": "VARCHAR",
-    "int64": "BIGINT",
-    "double": "DOUBLE",
-    "bool": "BOOLEAN",
-    "list<item: int64 not null>": "BIGINT[]",
-    "list<item: float not null>": "FLOAT[]",
-}
 _READING = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN)
 _ALLOWED = (
     "Allowed is one statement that reads the run's tables: SELECT, WITH … SELECT, FROM, VALUES, "
     "DESCRIBE, SUMMARIZE, SHOW or EXPLAIN"
 )
+# What DuckDB raises where a file is gone, damaged, or has other columns than the one before it.
+_OF_FILES = (
+    duckdb.IOException,
+    duckdb.PermissionException,  # it looks for a file that is gone as a folder
+    duckdb.InvalidInputException,
+    duckdb.ConversionException,
+)
 _BATCH = 1024
 
 # Values for `?` in order, or for `$name` by name.
 Parameters = Sequence[object] | Mapping[str, object]
+Meaning = Callable[[duckdb.Error], StillhouseError]
 
 
 class Catalog:
@@ -65,6 +66,7 @@ class Catalog:
         """Open the tables of the stages in `keys` ({stage: key}).
 
         `memory_limit` is DuckDB's; `threads` defaults to the processors at hand, four at most.
+        Raises IntegrityError when a file cannot be read or another version wrote its columns.
         """
         self._spill = spill_folder(folder)
         self._connection = duckdb.connect(
@@ -75,24 +77,28 @@ class Catalog:
                 "temp_directory": str(self._spill),
             },
         )
-        files = _files_of(folder, manifest, keys)
-        self._paths = [
-            path for stages in files.values() for found in stages.values() for path in found
-        ]
+        self._memory_limit = memory_limit
+        self._files = files_of(folder, manifest, keys)
         try:
             for table, record_type in TABLES.items():
-                self._connection.execute(_view(record_type, files[table]))
-        except (duckdb.IOException, duckdb.InvalidInputException) as error:
+                for paths in self._files[table].values():
+                    check_columns(Path(paths[0]), record_type)  # a view has the first file's
+                self._connection.execute(view(record_type, self._files[table]))
+        except duckdb.Error as error:
             self.close()
-            self._explain(error)
+            raise self._told(error, self._failed) from error
+        except StillhouseError:
+            self.close()
             raise
         self._shut()
 
     def _shut(self) -> None:
         """Close every way out of the run's files; it cannot be opened again."""
         # a view asks for its files by pattern, and by the path that the pattern matched
-        allowed = dict.fromkeys(name for path in self._paths for name in (path, _literal(path)))
-        listed = ", ".join(_quoted(name) for name in allowed)
+        allowed = dict.fromkeys(
+            name for path, _ in paths_of(self._files) for name in (path, literal(path))
+        )
+        listed = ", ".join(quoted(name) for name in allowed)
         for setting in (
             f"allowed_paths = [{listed}]",
             "python_enable_replacements = false",  # else SQL could name our Python variables
@@ -115,7 +121,7 @@ class Catalog:
         The query may return more columns than the record has, in any order.
         Raises ValueError when it lacks one.
         """
-        names, rows = self._stream(sql, parameters, batch_rows)
+        names, rows = self._stream(sql, parameters, batch_rows, self._failed)
         wanted = [field.name for field in fields(record_type)]
         missing = [name for name in wanted if name not in names]
         if missing:
@@ -125,11 +131,11 @@ class Catalog:
 
     def rows(self, sql: str, parameters: Parameters = ()) -> list[tuple[Any, ...]]:
         """Return all rows of an internal query that is known to be short."""
-        return list(self._stream(sql, parameters, _BATCH)[1])
+        return list(self.stream(sql, parameters))
 
     def stream(self, sql: str, parameters: Parameters = ()) -> Iterator[tuple[Any, ...]]:
         """Yield the rows of an internal query of any length, a batch in memory at a time."""
-        return self._stream(sql, parameters, _BATCH)[1]
+        return self._stream(sql, parameters, _BATCH, self._failed)[1]
 
     def query(self, sql: str) -> tuple[list[str], Iterator[tuple[Any, ...]]]:
         """Run a user's SQL and return its column names and an iterator over its rows.
@@ -138,10 +144,9 @@ class Catalog:
         """
         try:
             _refuse_writing(sql)
-            names, rows = self._stream(sql, (), _BATCH)
         except duckdb.Error as error:
-            raise _refusal(str(error)) from error
-        return names, _explained(rows)
+            raise _refused(error) from error
+        return self._stream(sql, (), _BATCH, _refused)
 
     def trace(self, identity: str) -> list[Step]:
         """Return all rows about one prompt, answer, example or question, in order of the line.
@@ -151,48 +156,67 @@ class Catalog:
         return trace(self._dicts, identity)
 
     def _dicts(self, sql: str, parameters: Parameters) -> list[dict[str, Any]]:
-        names, rows = self._stream(sql, parameters, _BATCH)
+        names, rows = self._stream(sql, parameters, _BATCH, self._failed)
         return [dict(zip(names, row, strict=True)) for row in rows]
 
     def _stream(
-        self, sql: str, parameters: Parameters, batch: int
+        self, sql: str, parameters: Parameters, batch: int, otherwise: Meaning
     ) -> tuple[list[str], Iterator[tuple[Any, ...]]]:
-        """Start a read-only query on a cursor of its own; rows are made as they are asked for."""
-        cursor = self._connection.cursor()
-        cursor.execute("BEGIN TRANSACTION READ ONLY")
-        try:
-            cursor.execute(sql, parameters)
-        except (duckdb.IOException, duckdb.PermissionException) as error:
-            self._explain(error)
-            raise
-        return [column[0] for column in cursor.description or ()], self._batches(cursor, batch)
+        """Start a read-only query on a cursor of its own; rows are made as they are asked for.
 
-    def _batches(self, cursor: duckdb.DuckDBPyConnection, batch: int) -> Iterator[tuple[Any, ...]]:
+        An error that is not about the run's files or the disk means what `otherwise` says.
+        """
+        cursor = self._connection.cursor()
+        try:
+            cursor.execute("BEGIN TRANSACTION READ ONLY")
+            cursor.execute(sql, parameters)
+        except duckdb.Error as error:
+            raise self._told(error, otherwise) from error
+        names = [column[0] for column in cursor.description or ()]
+        return names, self._batches(cursor, batch, otherwise)
+
+    def _batches(
+        self, cursor: duckdb.DuckDBPyConnection, batch: int, otherwise: Meaning
+    ) -> Iterator[tuple[Any, ...]]:
         try:
             while rows := cursor.fetchmany(batch):
                 yield from rows
-        except duckdb.IOException as error:
-            self._explain(error)
-            raise
+        except duckdb.Error as error:  # it may come as late as the last row
+            raise self._told(error, otherwise) from error
         finally:
             cursor.close()
 
-    def _explain(self, error: duckdb.Error) -> None:
-        """Raise what a failed read means; return when it is about none of the run's files.
-
-        DuckDB looks for a file that is gone as a folder, and reports that as a lack of permission.
-        """
+    def _told(self, error: duckdb.Error, otherwise: Meaning) -> StillhouseError:
+        """Return what an error means to a user; raises where the run's files are at fault."""
         if "No space left" in str(error):
-            raise StorageFullError(
+            return StorageFullError(
                 f"no space left in {self._spill.parent} for what the query does not fit in memory: "
                 f"{error}. Free some space and start the same command again."
-            ) from error
-        gone = [path for path in self._paths if not Path(path).exists()]
-        if gone or isinstance(error, duckdb.IOException):
-            raise IntegrityError(
-                f"a file of the run cannot be read: {gone[0] if gone else error}. "
+            )
+        if isinstance(error, _OF_FILES):
+            for path, record_type in paths_of(self._files):
+                check_columns(Path(path), record_type)
+        if isinstance(error, duckdb.IOException):
+            return IntegrityError(
+                f"a file of the run cannot be read: {error}. "
                 "`stillhouse run` checks every file against the manifest and says what to do."
-            ) from error
+            )
+        return otherwise(error)
+
+    def _failed(self, error: duckdb.Error) -> StillhouseError:
+        """Return what an error in a query of ours means."""
+        if isinstance(error, duckdb.OutOfMemoryException):
+            free = shutil.disk_usage(self._spill.parent).free
+            return StorageFullError(
+                f"a query over {self._spill.parent} found no room: DuckDB may hold "
+                f"{self._memory_limit} in memory and spills the rest into the run folder, where "
+                f"{free:,} bytes are free. Free some space or memory and start the same command "
+                f"again: everything committed so far is kept. DuckDB says: {error}"
+            )
+        return StillhouseError(
+            f"DuckDB could not answer a query of ours over {self._spill.parent}: {error}. This is "
+            "an error in this software, not in the data: nothing of the run is lost."
+        )
 
     def close(self) -> None:
         """Close the tables and remove what queries spilled."""
@@ -211,14 +235,6 @@ class Catalog:
         self.close()
 
 
-def _explained(rows: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
-    """Errors of a user's query may come as late as its last row."""
-    try:
-        yield from rows
-    except duckdb.Error as error:
-        raise _refusal(str(error)) from error
-
-
 def _refuse_writing(sql: str) -> None:
     statements = duckdb.extract_statements(sql)
     if len(statements) != 1:
@@ -231,42 +247,9 @@ def _refuse_writing(sql: str) -> None:
             raise _refusal('found COPY (a column of that name: "copy")')
 
 
+def _refused(error: duckdb.Error) -> ConfigError:
+    return _refusal(str(error))
+
+
 def _refusal(found: str) -> ConfigError:
     return ConfigError(f"this SQL was refused: {found}. {_ALLOWED}.")
-
-
-Files = dict[str, dict[str, list[str]]]  # table -> stage -> absolute paths
-
-
-def _files_of(folder: RunFolder, manifest: Manifest, keys: Mapping[str, str]) -> Files:
-    files: Files = {table: {} for table in TABLES}
-    for stage, entries in stage_files(manifest, keys).items():
-        for entry in entries:
-            if entry.table in files:
-                path = str(folder.absolute(entry.path))
-                files[entry.table].setdefault(stage, []).append(path)
-    return files
-
-
-def _view(record_type: type[Record], files: Mapping[str, list[str]]) -> str:
-    """Return the statement that makes a table's view over the files of each stage."""
-    schema = schema_of(record_type)
-    columns = ", ".join(f'"{name}"' for name in schema.names)
-    parts = []
-    for stage, paths in files.items():
-        listed = ", ".join(_quoted(_literal(path)) for path in paths)
-        source = f"read_parquet([{listed}])"
-        parts.append(f"SELECT {columns}, {_quoted(stage)} AS _stage FROM {source}")
-    if not parts:
-        typed = [f'NULL::{_TYPES[str(field.type)]} AS "{field.name}"' for field in schema]
-        parts.append(f"SELECT {', '.join(typed)}, NULL::VARCHAR AS _stage WHERE false")
-    return f'CREATE VIEW "{record_type.TABLE}" AS {" UNION ALL ".join(parts)}'
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
-
-
-def _literal(path: str) -> str:
-    """Return a pattern that matches `path` and nothing else: `runs/[old]` is a folder's name."""
-    return re.sub(r"[*?[]", r"[\g<0>]", path)

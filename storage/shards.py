@@ -19,7 +19,7 @@ from stillhouse.storage.manifest import FileEntry
 from stillhouse.storage.records import TABLES, Record
 from stillhouse.storage.schema import schema_of, table_of
 
-__all__ = ["hash_artifacts", "read_rows", "write_shard"]
+__all__ = ["check_columns", "hash_artifacts", "read_rows", "write_shard"]
 
 R = TypeVar("R", bound=Record)
 
@@ -69,6 +69,29 @@ def read_rows(
         raise IntegrityError(
             f"{entry.path}: expected a Parquet file of {entry.bytes:,} bytes, found {error}. {CURE}"
         ) from error
+
+
+def check_columns(path: Path, record_type: type[Record]) -> None:
+    """Raise IntegrityError when a table's file lacks one of its columns or has another type there.
+
+    Columns that the table has no more are let by. Only the file's footer is read.
+    """
+    try:
+        found = pq.read_schema(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise IntegrityError(
+            f"a file of the run cannot be read: {path}: expected Parquet, found {error}. "
+            "`stillhouse run` checks every file against the manifest and says what to do."
+        ) from error
+    for field in schema_of(record_type):
+        there = found.field(field.name).type if field.name in found.names else None
+        if there != field.type:
+            kind = f"of type {there}" if there else "none of that name"
+            raise IntegrityError(
+                f"{path}: expected the column {field.name} ({field.type}) of {record_type.TABLE}, "
+                f"found {kind}: another version of this software wrote the file. Run the recipe "
+                "again: a stage that has changed since is done anew, under a key of its own."
+            )
 
 
 def hash_artifacts(folder: RunFolder, path: Path) -> tuple[FileEntry, ...]:

@@ -1,13 +1,14 @@
 """The run's rows as SQL tables: complete for us, read-only and closed for a user."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from stillhouse.errors import ConfigError, IntegrityError
+from stillhouse.errors import ConfigError, IntegrityError, StillhouseError, StorageFullError
 from stillhouse.storage.catalog import Catalog
 from stillhouse.storage.layout import RunFolder
 from stillhouse.storage.manifest import Counts, Manifest, ShardEntry
@@ -225,6 +226,87 @@ def test_a_file_that_vanished_is_an_integrity_error(
         Catalog(folder, manifest, KEYS)
 
 
+def rewrite(path: Path, **columns: pa.Array | None) -> None:
+    """Write a file of the run as another version would have: other columns, or without some."""
+    table = pq.read_table(path)
+    for name, values in columns.items():
+        at = table.column_names.index(name)
+        table = table.remove_column(at)
+        if values is not None:
+            table = table.add_column(at, name, values)
+    pq.write_table(table, path)
+
+
+def reading(catalog: Catalog) -> list[Callable[[], object]]:
+    sql = "SELECT sum(confidence) FROM scores"
+    return [
+        lambda: catalog.rows(sql),
+        lambda: list(catalog.stream(sql)),
+        lambda: list(catalog.query(sql)[1]),
+        lambda: list(catalog.records("SELECT * FROM scores", ScoreRecord)),
+        lambda: catalog.trace("p2"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [(None, "none of that name"), (pa.array(["high"]), "of type string")],
+)
+def test_a_file_of_another_version_is_named_with_its_column(
+    folder: RunFolder, manifest: Manifest, values: pa.Array | None, found: str
+) -> None:
+    expected = (
+        rf"expected the column confidence \(double\) of scores, found {found}.* Run the recipe"
+    )
+    rewrite(folder.shard_path("score", "s1", "scores", "1"), confidence=values)
+    with Catalog(folder, manifest, KEYS, threads=1) as catalog:
+        assert catalog.rows("SELECT count(*) FROM prompts") == [(3,)]
+        for read in reading(catalog):
+            with pytest.raises(IntegrityError, match=rf"scores/part-1\.parquet: {expected}"):
+                read()
+    rewrite(folder.shard_path("score", "s1", "scores", "0"), confidence=values)
+    with pytest.raises(IntegrityError, match=rf"scores/part-0\.parquet: {expected}"):
+        Catalog(folder, manifest, KEYS)
+
+
+def test_a_column_that_is_no_more_is_let_by(folder: RunFolder, manifest: Manifest) -> None:
+    path = folder.shard_path("score", "s1", "scores", "0")
+    pq.write_table(pq.read_table(path).append_column("margin", pa.array([1.0])), path)
+    with Catalog(folder, manifest, KEYS, threads=1) as catalog:
+        assert catalog.rows("SELECT sum(gap) FROM scores WHERE _stage = 'score'") == [(2.5,)]
+
+
+def test_a_file_that_is_damaged_is_an_integrity_error(
+    folder: RunFolder, manifest: Manifest
+) -> None:
+    folder.shard_path("score", "s1", "scores", "1").write_bytes(b"junk")
+    with Catalog(folder, manifest, KEYS, threads=1) as catalog:
+        for read in reading(catalog):
+            with pytest.raises(IntegrityError, match=r"cannot be read: .*part-1\.parquet"):
+                read()
+    folder.shard_path("score", "s1", "scores", "0").write_bytes(b"junk")
+    with pytest.raises(IntegrityError, match=r"cannot be read: .*part-0\.parquet"):
+        Catalog(folder, manifest, KEYS)
+
+
+def test_a_query_of_ours_that_finds_no_room_says_so(folder: RunFolder, manifest: Manifest) -> None:
+    hungry = "SELECT list(i) FROM range(30000000) r(i)"
+    with Catalog(folder, manifest, KEYS, memory_limit="20MB", threads=1) as catalog:
+        with pytest.raises(StorageFullError, match=r"may hold 20MB in memory .* bytes are free"):
+            catalog.rows(hungry)
+        with pytest.raises(ConfigError, match="this SQL was refused: Out of Memory"):
+            list(catalog.query(hungry)[1])
+
+
+def test_a_query_of_ours_that_fails_is_our_error(catalog: Catalog) -> None:
+    late = "SELECT CASE i WHEN 899999 THEN error('late') ELSE i END FROM range(900000) r(i)"
+    for sql, said in (("SELECT nothing FROM scores", "Binder Error"), (late, "late")):
+        for read in (catalog.rows, lambda sql: list(catalog.stream(sql))):
+            with pytest.raises(StillhouseError, match=f"query of ours .*{said}") as raised:
+                read(sql)
+            assert type(raised.value) is StillhouseError
+
+
 def test_a_folder_may_be_named_like_a_pattern(tmp_path: Path) -> None:
     for name in ("runs [1]", "runs 1", "a*b", "axb", "what?"):
         folder = RunFolder(tmp_path / name)
@@ -243,7 +325,7 @@ def test_what_does_not_fit_in_memory_is_spilled_and_removed(
         rows = catalog.stream(sql)
         assert next(rows)[0] == 99_999
         assert any(path.is_file() for path in folder.root.glob(".spill-*/*"))
-        rows.close()  # type: ignore[attr-defined]
+        rows.close()  # type: ignore[attr-defined]  # an iterator to callers, in fact a generator
     assert not list(folder.root.glob(".spill-*"))
 
 
