@@ -63,7 +63,7 @@ def test_an_event_out_of_order_is_refused(folder: RunFolder) -> None:
 
 def test_an_unknown_kind_is_refused(folder: RunFolder) -> None:
     with pytest.raises(ValueError, match="found 'stage_began'"):
-        EventLog(folder).emit("stage_began")  # type: ignore[arg-type]
+        EventLog(folder).emit("stage_began")  # type: ignore[arg-type]  # what is tested
 
 
 def test_credentials_are_never_written(folder: RunFolder) -> None:

@@ -55,7 +55,7 @@ def prompt(**changes: object) -> PromptRecord:
         "prompt_id": "p", "text": "t", "rendered": "r", "origin": "o", "split": "train", "round": 0,
         "parent_id": None, "locator": "l", "status": "kept", "reason": None,
     }  # fmt: skip
-    return PromptRecord(**(values | changes))  # type: ignore[arg-type]
+    return PromptRecord(**(values | changes))  # type: ignore[arg-type]  # some are wrong on purpose
 
 
 @pytest.mark.parametrize(
