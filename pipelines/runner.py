@@ -24,6 +24,7 @@ from stillhouse.storage.layout import RunFolder
 from stillhouse.storage.lock import RunLock
 from stillhouse.storage.manifest import Counts, Manifest, StageEntry
 from stillhouse.storage.redaction import redacted
+from stillhouse.storage.strict_json import json_text
 from stillhouse.workers.protocols import Workers
 
 Resume = Literal["auto", "never", "must"]
@@ -136,7 +137,7 @@ class Runner:
 
     def _write_json(self, path: Path, value: object) -> None:
         # Keys stay in the order of the line, in which `status` and `report` print them.
-        replace_file(path, (json.dumps(value, indent=2) + "\n").encode())
+        replace_file(path, (json_text(value, path, indent=2) + "\n").encode())
 
     def _check(self, manifest: Manifest, entry: StageEntry) -> None:
         shards = manifest.shards(entry.stage, entry.key).values()

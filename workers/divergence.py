@@ -3,6 +3,7 @@
 Shape letters: T positions of a text, C positions of a chunk, D hidden size, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from stillhouse.workers.models.language_model import LanguageModel, decoder_and_
 from stillhouse.workers.projection import core, hidden_states
 from stillhouse.workers.protocols import CacheBytes, CacheMeasure, Failed
 
+NOT_FINITE = "not_finite: the model gives a token of the text no log-probability"
 CHUNK = 32  # positions at a time: 64 MiB a matrix in float64 at 262,144 words
 
 
@@ -54,10 +56,15 @@ def measure_cache(
             measures.append(Failed(problem))
             continue
         measure, size = _measure_text(lm, ids, factory())
-        measures.append(measure)
+        measures.append(measure if _is_finite(measure) else Failed(NOT_FINITE))
         total = total.plus(size)
     tokens = max(total.tokens, 1)
     return measures, CacheBytes((total.packed + total.tables) / tokens, total.full / tokens)
+
+
+def _is_finite(measure: CacheMeasure) -> bool:
+    figures = (measure.kl_mean, measure.kl_max, measure.logp_full, measure.logp_compressed)
+    return all(map(math.isfinite, figures))
 
 
 def _unfit(lm: LanguageModel, ids: Sequence[int]) -> str | None:

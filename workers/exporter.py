@@ -8,7 +8,8 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
 
 from stillhouse.errors import ModelError
-from stillhouse.workers.folders import atomic_folder, sha256_of, write_json
+from stillhouse.storage.integrity import sha256_of
+from stillhouse.workers.folders import atomic_folder, write_json
 from stillhouse.workers.models.language_model import LanguageModel
 from stillhouse.workers.protocols import ExportJob
 

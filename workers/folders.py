@@ -1,7 +1,6 @@
 """Folders that are complete or not there: temporary folder, hashes, fsync, rename. No torch."""
 
 import errno
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stillhouse.storage.durable import full_disk_explained, sync_path
+from stillhouse.storage.integrity import sha256_of
 
 HASHES = "hashes.json"  # written last; a folder without it was never finished
 
@@ -49,12 +49,6 @@ def is_sealed(folder: Path) -> bool:
         )
     except (OSError, ValueError):
         return False
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, value: object) -> None:

@@ -42,7 +42,10 @@ def _silent(message: str) -> None:
 
 
 class LocalWorkers:
-    """Implements `Workers`. `threads` 0 means all cores; `notify` hears of slow preparations."""
+    """Implements `Workers`; `notify` hears of slow preparations.
+
+    `threads` 0 means OMP_NUM_THREADS, else all cores.
+    """
 
     def __init__(
         self, cache_root: Path, threads: int = 0, notify: Callable[[str], None] = _silent

@@ -2,7 +2,7 @@
 
 Plain data in, plain data out: no tensors, no framework types, so a worker may live in this
 process, in an actor or on another machine. `workers.local` is the real one; `workers.scripted`
-answers from a script, for tests and dry runs.
+answers from a script, for tests.
 """
 
 from collections.abc import Callable, Sequence

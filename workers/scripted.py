@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from stillhouse.configs.stages import CompressConfig
-from stillhouse.workers.folders import atomic_folder, sha256_of, write_json
+from stillhouse.storage.integrity import sha256_of
+from stillhouse.workers.folders import atomic_folder, write_json
 from stillhouse.workers.protocols import (
     CacheBytes,
     CacheMeasure,

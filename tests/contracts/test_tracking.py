@@ -34,7 +34,8 @@ def client(outcome):
     with mlflow_quiet():
         from mlflow import MlflowClient
 
-        yield MlflowClient(outcome[2].uri)
+        uri = outcome[2].uri
+        yield MlflowClient(uri, registry_uri=uri)  # else that of whoever set it last here
 
 
 def test_the_run_says_that_the_server_is_away_and_goes_on(outcome) -> None:

@@ -1,4 +1,6 @@
+import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -111,6 +113,15 @@ def test_scores_through_a_compressed_cache(lm):
         assert far.logp != pytest.approx(exact.logp, abs=1e-3)
     alone = response_logps(lm, pairs, 1, compressed_cache_factory(lm, EIGHT_BITS))
     assert [one.logp for one in alone] == [pytest.approx(one.logp, abs=1e-3) for one in fine]
+
+
+def test_a_divergence_that_is_no_number_fails_its_text(llama):
+    broken = replace(llama, model=copy.deepcopy(llama.model))
+    with torch.no_grad():
+        broken.model.lm_head.weight[5] = math.nan
+    [failed] = measure_cache(broken, ["good text"], EIGHT_BITS)[0]
+    assert isinstance(failed, Failed)
+    assert failed.reason.startswith("not_finite")
 
 
 def test_texts_that_cannot_be_measured_fail_in_their_place(llama):

@@ -15,6 +15,7 @@ from stillhouse.workers.sources import refs
 from stillhouse.workers.sources.files import read_jsonl
 from stillhouse.workers.sources.reader import MalformedRow, SourceRow, fingerprint, read
 
+COMMIT = "0123456789" * 4
 ICD = "builtin:icd10cm?split={}&categories=3&pool_per_category=2&lookalikes=4&elsewhere=4"
 
 
@@ -153,9 +154,10 @@ def test_a_row_without_a_value_is_set_aside_and_the_others_stay(tmp_path):
         ("jsonl:no/such/folder.jsonl", "expected a file at"),
         ("package:no-such-dist/a.csv", "pip install --no-deps no-such-dist"),
         ("builtin:icd9?split=pool", "expected one of icd10cm"),
-        ("hf:org/data?split=train", "expected a revision"),
-        ("hf:org/data@main?split=a&split=b", "'split' is given twice"),
-        ("hf:org/data@main?split", "expected name=value"),
+        ("hf:org/data?split=train", "expected a 40-digit commit"),
+        ("hf:org/data@main?split=train", "found main. Write hf:org/data@<commit>"),
+        (f"hf:org/data@{COMMIT}?split=a&split=b", "'split' is given twice"),
+        (f"hf:org/data@{COMMIT}?split", "expected name=value"),
     ],
 )
 def test_a_wrong_reference_is_told_the_right_one(tmp_path, ref, hint):
@@ -218,19 +220,19 @@ def hub(monkeypatch):
 
 
 def test_a_hub_data_set_is_streamed_at_its_revision(hub, tmp_path):
-    (row,) = read("hf:org/data@abc?split=test&config=en", tmp_path)
+    (row,) = read(f"hf:org/data@{COMMIT}?split=test&config=en", tmp_path)
     assert row == SourceRow({"text": "one", "label": "3"}, "hf:org/data/test:1")
-    assert hub == [(("org/data", "en"), {"split": "test", "revision": "abc", "streaming": True})]
+    assert hub == [(("org/data", "en"), {"split": "test", "revision": COMMIT, "streaming": True})]
     with pytest.raises(SourceError, match=r"could not open split 'train': .*\['test'\]"):
-        list(read("hf:org/data@abc", tmp_path))
+        list(read(f"hf:org/data@{COMMIT}", tmp_path))
     with pytest.raises(SourceError, match="expected split and config, found 'spilt'"):
-        list(read("hf:org/data@abc?spilt=test", tmp_path))
+        list(read(f"hf:org/data@{COMMIT}?spilt=test", tmp_path))
 
 
 def test_without_the_package_datasets_its_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(SourceError, match=r"pip install 'stillhouse\[hub\]'"):
-        list(read("hf:org/data@abc", tmp_path))
+        list(read(f"hf:org/data@{COMMIT}", tmp_path))
 
 
 def test_a_fingerprint_follows_content_format_and_parameters(tmp_path, monkeypatch):
@@ -245,14 +247,15 @@ def test_a_fingerprint_follows_content_format_and_parameters(tmp_path, monkeypat
     assert prints("jsonl:a.csv") != [a]
     one, other_split = prints(ICD.format("pool"), ICD.format("private"))
     assert one != other_split
-    assert prints("hf:org/data@abc?split=a") != prints("hf:org/data@abd?split=a")
+    first, second = (f"hf:org/data@{commit}?split=a" for commit in (COMMIT, COMMIT[::-1]))
+    assert prints(first) != prints(second)
     monkeypatch.setattr(refs, "version", lambda name: "9.9")
     assert prints(ICD.format("pool")) != [one]
 
 
 def test_the_order_of_options_does_not_matter(tmp_path):
-    first = fingerprint("hf:a/b@c?split=x&config=y", tmp_path, tmp_path)
-    assert first == fingerprint("hf:a/b@c?config=y&split=x", tmp_path, tmp_path)
+    first = fingerprint(f"hf:a/b@{COMMIT}?split=x&config=y", tmp_path, tmp_path)
+    assert first == fingerprint(f"hf:a/b@{COMMIT}?config=y&split=x", tmp_path, tmp_path)
 
 
 def test_a_fingerprint_loads_nothing_heavy(tmp_path):

@@ -113,6 +113,16 @@ def test_a_moved_folder_keeps_its_fingerprint(model_folder, tmp_path):
     assert fingerprint(str(moved), tmp_path / "cache") == first
 
 
+def test_a_file_whose_time_was_set_back_is_read_again(tmp_path):
+    file = tmp_path / "weights"
+    file.write_bytes(b"one")
+    before = file.stat()
+    first = file_digest([file], tmp_path / "cache")
+    file.write_bytes(b"two")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file_digest([file], tmp_path / "cache") != first
+
+
 def test_a_digest_is_remembered_until_the_file_changes(tmp_path):
     file = tmp_path / "weights"
     file.write_bytes(b"one")

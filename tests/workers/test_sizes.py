@@ -1,9 +1,13 @@
 """The number of parameters, counted from headers: what an estimate rests on."""
 
+from contextlib import suppress
+
 import gguf
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from stillhouse.errors import ModelError
@@ -58,6 +62,46 @@ def test_a_toy_has_that_many_in_the_matrices_of_its_layers(name, cache_root):
     layers = load(ModelStore(cache_root), ModelSpec(f"toy:{name}")).model.get_decoder().layers
     matrices = [p.numel() for p in layers.parameters() if p.ndim == 2]
     assert parameters(f"toy:{name}") == sum(matrices)
+
+
+def safetensors(header: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header
+
+
+SMALL = safetensors(b'{"a":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}}') + bytes(24)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"", "found a file of 0"),
+        (SMALL[:5], "found a file of 5"),
+        (SMALL[:40], "a header of 57 bytes, found a file of 40"),
+        (b"\xff" * 40, "found a file of 40"),
+        (safetensors(b'{"a":'), "expected a header in JSON"),
+        (safetensors(b'{"\xff": 1}'), "expected a header in JSON"),
+        (safetensors(b"[" * 100_000), "expected a header in JSON"),
+        (safetensors(b"[]"), "expected a JSON object as header, found list"),
+        (safetensors(b'{"a": 7}'), "expected a shape of each tensor"),
+        (safetensors(b'{"a": {"dtype": "F32"}}'), "expected a shape of each tensor, found KeyErr"),
+        (safetensors(b'{"a": {"shape": ["x", 2]}}'), "expected a shape of each tensor"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "file",
+)
+def test_damaged_safetensors_are_named_with_the_cure(tmp_path, content, found):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ModelError, match=rf"model\.safetensors: .*{found}.*fetch it again"):
+        parameters(str(tmp_path))
+
+
+@given(damage=st.lists(st.tuples(st.integers(0, 70), st.binary(max_size=3)), min_size=1))
+def test_any_damage_to_safetensors_is_read_or_refused(tmp_path_factory, damage):
+    folder, content = tmp_path_factory.mktemp("damaged"), bytearray(SMALL)
+    for place, put in damage:
+        content[place : place + 2] = put
+    (folder / "model.safetensors").write_bytes(content)
+    with suppress(ModelError):
+        parameters(str(folder))
 
 
 @pytest.mark.parametrize("ref", ["toy:lama", "nowhere/model", "gguf:nowhere.gguf", "what:x"])

@@ -28,8 +28,8 @@ def default_cache_root() -> Path:
 
 
 def file_digest(pieces: Sequence[Path], cache_root: Path) -> str:
-    """SHA-256 of the concatenated `pieces`, remembered by (path, size, mtime_ns) of each."""
-    stamp = [[str(p.resolve()), s.st_size, s.st_mtime_ns] for p in pieces for s in (p.stat(),)]
+    """SHA-256 of the concatenated `pieces`, remembered by path, size and time stamps of each."""
+    stamp = [_stamp(piece) for piece in pieces]
     names = "\n".join(str(entry[0]) for entry in stamp)
     memo = cache_root / "digests" / f"{hashlib.sha256(names.encode()).hexdigest()[:32]}.json"
     known = _read_memo(memo)
@@ -40,6 +40,11 @@ def file_digest(pieces: Sequence[Path], cache_root: Path) -> str:
         digest.update(block)
     _write_memo(memo, {"stamp": stamp, "sha256": digest.hexdigest()})
     return digest.hexdigest()
+
+
+def _stamp(piece: Path) -> list[str | int]:
+    found = piece.stat()  # mtime can be set back, ctime cannot
+    return [str(piece.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def join_pieces(pieces: Sequence[Path], target: Path) -> None:

@@ -1,10 +1,11 @@
 """How many parameters a reference has, from headers alone."""
 
 import json
-import struct
+from math import prod
 from pathlib import Path
 from typing import Any
 
+from stillhouse.errors import ModelError
 from stillhouse.workers.models import toy
 from stillhouse.workers.models.gguf_header import read_header
 from stillhouse.workers.models.refs import locate, parse
@@ -25,15 +26,31 @@ def parameters(ref: str) -> int:
 
 
 def _safetensors(path: Path) -> int:
+    header = _safetensors_header(path)
+    try:
+        return sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    except (KeyError, TypeError) as error:
+        raise _damaged(path, "a shape of each tensor", repr(error)) from error
+
+
+def _safetensors_header(path: Path) -> dict[str, Any]:
+    """Eight bytes say how long the JSON after them is."""
+    size = path.stat().st_size
     with path.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header: dict[str, Any] = json.loads(stream.read(length))
-    shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
-    return sum(_product(shape) for shape in shapes)
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise _damaged(path, f"a header of {length:,} bytes", f"a file of {size:,}")
+        raw = stream.read(length)
+    try:
+        header = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, "a header in JSON", str(error)) from error
+    if not isinstance(header, dict):
+        raise _damaged(path, "a JSON object as header", type(header).__name__)
+    return header
 
 
-def _product(shape: list[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
+def _damaged(path: Path, expected: str, found: str) -> ModelError:
+    return ModelError(
+        f"{path}: expected {expected}, found {found}. It was cut short or changed: fetch it again"
+    )

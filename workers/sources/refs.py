@@ -11,6 +11,7 @@ Standard library only: a finished run asks for fingerprints and must load neithe
 import difflib
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +25,7 @@ from stillhouse.workers.models.packages import SourceFile, package_file
 Format = Literal["jsonl", "csv", "parquet"]
 Scheme = Literal["jsonl", "csv", "parquet", "package", "hf", "builtin"]
 
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 BUILTINS = {"icd10cm": "simple-icd-10-cm"}  # name -> the distribution its rows come from
 BUILDER = 2  # raise it when a builtin makes other rows from the same package and parameters
 
@@ -57,10 +59,10 @@ def parse(ref: str) -> DataRef:
         _require_builtin(name)
         return DataRef("builtin", name, None, options)
     name, _, revision = name.partition("@")
-    if not revision:
+    if not _COMMIT.fullmatch(revision):
         raise SourceError(
-            f"data reference {ref!r}: expected a revision, because the data set may change "
-            f"tomorrow; found none. Write hf:{name}@<commit>?split=train"
+            f"data reference {ref!r}: expected a 40-digit commit, because a branch may hold other "
+            f"rows tomorrow; found {revision or 'none'}. Write hf:{name}@<commit>?split=train"
         )
     return DataRef("hf", name, revision, options)
 
