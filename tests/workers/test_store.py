@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import gguf
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from stillhouse.errors import ModelError, StorageFullError
@@ -134,24 +135,36 @@ def test_a_full_disk_is_named_before_the_work(small_gguf, tmp_path, monkeypatch)
         ModelStore(tmp_path).folder(f"gguf:{small_gguf}")
 
 
-def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError('I/O error: Os { code: 28, message: "No space left on device" }'),
+    ],
+)
+def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path, error):
     def build(partial):
         (partial / "weights").write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
-    with pytest.raises(StorageFullError, match="STILLHOUSE_CACHE"):
+    with pytest.raises(StorageFullError, match=f"while writing {tmp_path / 'model'}.* Free some"):
         build_once(tmp_path / "model", build)
     assert [path.name for path in tmp_path.iterdir()] == ["model.lock"]
 
 
 def test_what_a_killed_build_left_is_not_used(tmp_path):
-    def killed(partial):
+    kept = []
+
+    def interrupted(partial):
         (partial / "old").touch()
+        kept.append(partial)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_once(tmp_path / "model", killed)
+        build_once(tmp_path / "model", interrupted)
     assert not (tmp_path / "model").exists()
+    kept[0].mkdir()  # as a kill would have left it
+    (kept[0] / "old").touch()
     folder = build_once(tmp_path / "model", lambda partial: (partial / "new").touch())
     assert [path.name for path in folder.iterdir()] == ["new"]
 

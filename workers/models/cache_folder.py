@@ -3,7 +3,6 @@
 Standard library only: a finished run asks for fingerprints and must not load torch for them.
 """
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stillhouse.errors import StorageFullError
+from stillhouse.workers.folders import atomic_folder
 
 BLOCK = 1 << 22
 
@@ -60,34 +60,16 @@ def build_once(
     """Return folder `target`, made by `build(partial)` if it is not there yet.
 
     The folder appears whole or not at all, and one process builds while others wait (`waiting`
-    is called in those). Raises StorageFullError when the device is full.
+    is called in those). Raises StorageFullError when the device is full, whoever noticed it.
     """
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with _locked(target.with_name(f"{target.name}.lock"), waiting):
         if not target.is_dir():
-            partial = target.with_name(f"{target.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
-            partial.mkdir()
-            _build_whole(partial, build)
-            partial.rename(target)
+            with atomic_folder(target, seal=False) as partial:
+                build(partial)
     return target
-
-
-def _build_whole(partial: Path, build: Callable[[Path], None]) -> None:
-    try:
-        build(partial)
-        for file in partial.rglob("*"):
-            _flush(file)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise StorageFullError(
-                f"no space left on the device while writing {partial}. Free some space, or set "
-                f"STILLHOUSE_CACHE to a folder on a larger device."
-            ) from error
-        raise
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:
@@ -99,14 +81,6 @@ def require_space(folder: Path, needed: int, what: str) -> None:
             f"{what} needs {needed / 1e9:.1f} GB in {folder}; {free / 1e9:.1f} GB are free. Free "
             f"some space, or set STILLHOUSE_CACHE to a folder on a larger device."
         )
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _blocks(pieces: Sequence[Path]) -> Iterator[bytes]:
