@@ -64,7 +64,7 @@ def test_a_whole_header_is_read(folder, whole):
 def test_every_byte_changed_and_every_length_is_read_or_refused(folder, whole):
     end = read_header(folder / "whole.gguf").data_start
     for position in range(end):
-        for value in (0, 0x80, 0xFF, whole[position] ^ 1):
+        for value in (0xFF, whole[position] ^ 1):
             accepts_or_refuses(folder, whole[:position] + bytes([value]) + whole[position + 1 :])
         accepts_or_refuses(folder, whole[:position])
 
