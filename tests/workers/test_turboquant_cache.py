@@ -236,13 +236,11 @@ def test_batch_operations_move_whole_sequences():
 def test_bytes_are_those_of_the_format(model, bits, record):
     cache = TurboQuantCache(model.config, CacheFormat(key_bits=bits, value_bits=bits))
     assert cache.nbytes == 0
-    assert cache.bytes_per_token == 0.0
     step_logits(model, tokens(3, 20), cache, [12, 1, 1, 6])
     # A sliding layer keeps WINDOW - 1 tokens. Tables: one codec each for keys and values.
     kept = [WINDOW - 1 if sliding else 20 for sliding in cache.is_sliding]
     tables = 2 * 4 * (HEAD_DIM**2 + HEAD_DIM + 2 * 2**bits - 1)
     assert cache.nbytes == 3 * HEADS * 2 * record * sum(kept) + tables
-    assert cache.bytes_per_token == cache.nbytes / 60
 
 
 def tensor_bytes(value, seen):

@@ -237,12 +237,6 @@ class TurboQuantCache(Cache):
         return tables + sum(layer.nbytes for layer in self._packed_layers)
 
     @property
-    def bytes_per_token(self) -> float:
-        """`nbytes` over the tokens seen (sequences × length): all in; 0.0 for an empty cache."""
-        tokens = self.get_seq_length() * max(self.batch_size, 0)
-        return self.nbytes / tokens if tokens else 0.0
-
-    @property
     def batch_size(self) -> int:
         """B, or -1 before the first step."""
         return self._packed_layers[0].batch_size if self._packed_layers else -1
