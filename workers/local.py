@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from stillhouse.configs.stages import CompressConfig
 from stillhouse.workers.models.refs import fingerprint
-from stillhouse.workers.models.store import ModelStore
+from stillhouse.workers.models.store import ModelStore, silent
 from stillhouse.workers.protocols import (
     CacheBytes,
     CacheMeasure,
@@ -37,10 +37,6 @@ if TYPE_CHECKING:
     from stillhouse.workers.models.language_model import LanguageModel, TextCodec
 
 
-def _silent(message: str) -> None:
-    """Tell nobody."""
-
-
 class LocalWorkers:
     """Implements `Workers`; `notify` hears of slow preparations.
 
@@ -48,7 +44,7 @@ class LocalWorkers:
     """
 
     def __init__(
-        self, cache_root: Path, threads: int = 0, notify: Callable[[str], None] = _silent
+        self, cache_root: Path, threads: int = 0, notify: Callable[[str], None] = silent
     ) -> None:
         self._cache_root = cache_root
         self._notify = notify

@@ -145,7 +145,6 @@ class TrainOutcome:
 
     adapter: Path
     steps: tuple[TrainStep, ...]
-    total_steps: int
     tokens: dict[str, int]  # by example_id
     rejected: dict[str, str]  # example_id -> reason
 

@@ -82,7 +82,7 @@ class ScriptedWorkers:
         steps = _invented_steps(job, len(job.examples) - len(rejected))
         for step in steps:
             on_step(step, len(steps))
-        outcome = TrainOutcome(job.folder / "adapter", steps, len(steps), tokens, rejected)
+        outcome = TrainOutcome(job.folder / "adapter", steps, tokens, rejected)
         with atomic_folder(outcome.adapter) as folder:
             write_json(folder / "adapter_config.json", {"base_model_name_or_path": job.model.ref})
             write_record(folder, job_key(job), outcome)

@@ -17,6 +17,7 @@ from stillhouse.workers.adapters import adapter_parameters, put_adapter, write_a
 from stillhouse.workers.checkpoints import CheckpointStore, TrainState
 from stillhouse.workers.folders import atomic_folder
 from stillhouse.workers.models.language_model import LanguageModel
+from stillhouse.workers.models.store import silent
 from stillhouse.workers.projection import TargetRow, core, target_logps
 from stillhouse.workers.protocols import TrainExample, TrainJob, TrainOutcome, TrainStep
 from stillhouse.workers.schedule import epoch_batches, learning_rate, steps_per_epoch
@@ -29,7 +30,7 @@ def train(
     lm: LanguageModel,
     job: TrainJob,
     on_step: Callable[[TrainStep, int], None],
-    notify: Callable[[str], None] = lambda message: None,
+    notify: Callable[[str], None] = silent,
 ) -> TrainOutcome:
     """Train an adapter on `lm` (its layers are wrapped in place: do not use `lm` afterwards).
 
@@ -50,7 +51,6 @@ def train(
     outcome = TrainOutcome(
         adapter=job.folder / "adapter",
         steps=tuple(loop.history),
-        total_steps=loop.total,
         tokens=rows.tokens,
         rejected=rows.rejected,
     )

@@ -42,7 +42,6 @@ def write_record(folder: Path, key: str, outcome: TrainOutcome) -> None:
         folder / RECORD,
         {
             "key": key,
-            "total_steps": outcome.total_steps,
             "steps": steps_to_json(outcome.steps),
             "tokens": outcome.tokens,
             "rejected": outcome.rejected,
@@ -60,7 +59,6 @@ def finished_outcome(job: TrainJob) -> TrainOutcome | None:
     return TrainOutcome(
         adapter=adapter,
         steps=steps_from_json(stored["steps"]),
-        total_steps=stored["total_steps"],
         tokens=stored["tokens"],
         rejected=stored["rejected"],
     )

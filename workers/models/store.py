@@ -29,7 +29,7 @@ from stillhouse.workers.models.tokenizer import restore_bos, wants_bos
 _DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
-def _silent(message: str) -> None:
+def silent(message: str) -> None:
     """Tell nobody."""
 
 
@@ -38,7 +38,7 @@ class ModelStore:
     """Model folders under `cache_root`; `notify` hears of work that takes longer than a moment."""
 
     cache_root: Path = field(default_factory=default_cache_root)
-    notify: Callable[[str], None] = _silent
+    notify: Callable[[str], None] = silent
 
     def fingerprint(self, ref: str) -> str:
         """A hash of a model's files, without loading them."""
