@@ -44,19 +44,20 @@ def measure_cache(
 
     Every position's attention reads keys and values from the packed storage, its own included. Each
     text runs alone, so that no padding is counted in the bytes; those are what the caches hold
-    after each text, and the codec's tables, which all sequences share, once.
+    after each text, and the codec's tables, which all sequences share, once. A text that cannot be
+    measured is a Failed, and in no sum.
     """
     factory = compressed_cache_factory(lm, config)
     measures: list[CacheMeasure | Failed] = []
     total = _Bytes(0, 0, 0, 0)
     for text in texts:
         ids = lm.encode_prompt(text)
-        problem = _unfit(lm, ids)
-        if problem is not None:
-            measures.append(Failed(problem))
+        measured = _unfit(lm, ids) or _measure_text(lm, ids, factory())
+        if isinstance(measured, Failed):
+            measures.append(measured)
             continue
-        measure, size = _measure_text(lm, ids, factory())
-        measures.append(measure if _is_finite(measure) else Failed(NOT_FINITE))
+        measure, size = measured
+        measures.append(measure)
         total = total.plus(size)
     tokens = max(total.tokens, 1)
     return measures, CacheBytes((total.packed + total.tables) / tokens, total.full / tokens)
@@ -67,11 +68,11 @@ def _is_finite(measure: CacheMeasure) -> bool:
     return all(map(math.isfinite, figures))
 
 
-def _unfit(lm: LanguageModel, ids: Sequence[int]) -> str | None:
+def _unfit(lm: LanguageModel, ids: Sequence[int]) -> Failed | None:
     if len(ids) < 2:
-        return f"too_short: expected at least 2 tokens, found {len(ids)}"
+        return Failed(f"too_short: expected at least 2 tokens, found {len(ids)}")
     if len(ids) > lm.context:
-        return f"too_long: {len(ids)} tokens, the model's context is {lm.context}"
+        return Failed(f"too_long: {len(ids)} tokens, the model's context is {lm.context}")
     return None
 
 
@@ -96,15 +97,22 @@ class _Bytes:
 @torch.inference_mode()
 def _measure_text(
     lm: LanguageModel, ids: Sequence[int], packed: TurboQuantCache
-) -> tuple[CacheMeasure, _Bytes]:
+) -> tuple[CacheMeasure, _Bytes] | Failed:
     batch = pad_right([ids[:-1]], lm.pad, core(lm).device)  # the last token is only predicted
     full = DynamicCache(config=core(lm).config)
     full_TD = hidden_states(lm, batch, full)[0]
-    packed_TD = hidden_states(lm, batch, packed)[0]
+    if not bool(torch.isfinite(full_TD).all()):
+        return Failed(NOT_FINITE)
+    try:
+        packed_TD = hidden_states(lm, batch, packed)[0]
+    except ValueError as error:  # a key or value that the codec cannot store
+        return Failed(f"not_finite: {error}")
     target_T = torch.tensor(ids[1:], dtype=torch.long, device=full_TD.device)
     measure = _compare(lm, full_TD, packed_TD, target_T)
+    if not _is_finite(measure):
+        return Failed(NOT_FINITE)
     allocated = packed.nbytes
-    packed.reset()  # type: ignore[no-untyped-call]
+    packed.reset()  # type: ignore[no-untyped-call]  # transformers gives it no return type
     tables = packed.nbytes  # what stays without a token
     return measure, _Bytes(len(ids) - 1, allocated - tables, tables, bytes_in_16_bits(full))
 

@@ -115,13 +115,32 @@ def test_scores_through_a_compressed_cache(lm):
     assert [one.logp for one in alone] == [pytest.approx(one.logp, abs=1e-3) for one in fine]
 
 
-def test_a_divergence_that_is_no_number_fails_its_text(llama):
+@pytest.mark.parametrize(
+    ("part", "factor", "found"),
+    [
+        ("lm_head", math.nan, "no log-probability"),
+        ("model.layers.1.self_attn.v_proj", math.nan, "no log-probability"),
+        ("model.layers.1.self_attn.v_proj", 1e6, "that float16 holds"),  # finite without the codec
+    ],
+)
+def test_a_divergence_that_is_no_number_fails_its_text(llama, part, factor, found):
     broken = replace(llama, model=copy.deepcopy(llama.model))
     with torch.no_grad():
-        broken.model.lm_head.weight[5] = math.nan
-    [failed] = measure_cache(broken, ["good text"], EIGHT_BITS)[0]
+        broken.model.get_submodule(part).weight *= factor
+    ([failed], size) = measure_cache(broken, ["good text"], EIGHT_BITS)
     assert isinstance(failed, Failed)
-    assert failed.reason.startswith("not_finite")
+    assert failed.reason.startswith("not_finite: ")
+    assert found in failed.reason
+    assert size.bytes_per_token == 0
+
+
+def test_a_text_that_gives_no_number_leaves_the_others(llama):
+    broken = replace(llama, model=copy.deepcopy(llama.model))
+    with torch.no_grad():
+        broken.model.model.embed_tokens.weight[llama.encode_response("x")] = math.nan
+    measures, size = measure_cache(broken, ["good text", "good"], EIGHT_BITS)
+    assert [type(one) for one in measures] == [Failed, CacheMeasure]
+    assert (measures[1:], size) == measure_cache(llama, ["good"], EIGHT_BITS)
 
 
 def test_texts_that_cannot_be_measured_fail_in_their_place(llama):
