@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from stillhouse.errors import ModelError
 
@@ -46,7 +47,7 @@ def missing_weights(folder: Path) -> str | None:
     return f"expected {WEIGHTS} in {folder}, found none. Check the path, or fetch it again"
 
 
-def read_json(path: Path, name: str) -> dict[str, dict[str, str]]:
+def read_json(path: Path, name: str) -> dict[str, Any]:
     """Read a JSON object; raises ModelError when there is none."""
     if not path.is_file():
         raise ModelError(f"{name}: expected {path.name} in {path.parent}, found none")
@@ -59,5 +60,5 @@ def read_json(path: Path, name: str) -> dict[str, dict[str, str]]:
     return value
 
 
-def _foreign_code(config: dict[str, dict[str, str]]) -> str:
+def _foreign_code(config: dict[str, Any]) -> str:
     return ", ".join(sorted(str(value) for value in config["auto_map"].values()))
