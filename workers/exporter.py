@@ -42,14 +42,15 @@ def export(lm: LanguageModel, job: ExportJob) -> tuple[Path, ...]:
 
 def _merged(model: Any) -> PreTrainedModel:
     """Merge in the weights' own dtype; PEFT's `safe_merge` refuses a merge that is not finite."""
-    if not isinstance(model, PeftModel):
-        return model  # type: ignore[no-any-return]
-    try:
-        return model.merge_and_unload(safe_merge=True)  # type: ignore[no-any-return]
-    except ValueError as error:
-        raise ModelError(
-            f"export: the adapter cannot be merged: {error}; train it again"
-        ) from error
+    if isinstance(model, PeftModel):
+        try:
+            model = model.merge_and_unload(safe_merge=True)
+        except ValueError as error:
+            raise ModelError(
+                f"export: the adapter cannot be merged: {error}; train it again"
+            ) from error
+    merged: PreTrainedModel = model
+    return merged
 
 
 def _refuse_not_finite(model: PreTrainedModel, job: ExportJob) -> None:

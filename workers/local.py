@@ -220,6 +220,7 @@ class _LoadedModels:
             if self._device == "cpu":
                 torch.use_deterministic_algorithms(True)
                 # Filling every fresh tensor with NaN finds bugs and costs a pass over memory.
+                # The types do not know it: torch swaps the module's class for one that has it.
                 deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         return self._device
 
