@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stillhouse.configs.stages import TrainConfig
 from stillhouse.errors import ModelError, SourceError, TrainingError
-from stillhouse.workers.adapters import adapter_parameters, put_adapter, write_adapter
+from stillhouse.workers.adapter_training import adapter_parameters, put_adapter, write_adapter
 from stillhouse.workers.checkpoints import CheckpointStore, TrainState
 from stillhouse.workers.folders import atomic_folder
 from stillhouse.workers.models.language_model import LanguageModel

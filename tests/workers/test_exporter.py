@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stillhouse.configs.stages import LoraConfig
 from stillhouse.errors import ModelError
 from stillhouse.storage.integrity import sha256_of
-from stillhouse.workers.adapters import adapter_parameters, put_adapter, write_adapter
+from stillhouse.workers.adapter_training import adapter_parameters, put_adapter, write_adapter
 from stillhouse.workers.exporter import export
 from stillhouse.workers.models.language_model import load
 from stillhouse.workers.protocols import ExportJob, ModelSpec, Pair

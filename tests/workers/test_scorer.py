@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stillhouse.configs.stages import LoraConfig
-from stillhouse.workers.adapters import adapter_parameters, put_adapter
+from stillhouse.workers.adapter_training import adapter_parameters, put_adapter
 from stillhouse.workers.models.language_model import load
 from stillhouse.workers.protocols import Failed, ModelSpec, Pair, PairLogp, ResponseLogp
 from stillhouse.workers.scorer import pair_logps, response_logps

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from stillhouse.configs.stages import LoraConfig, TrainConfig
 from stillhouse.errors import ConfigError, ModelError, SourceError, StorageFullError, TrainingError
 from stillhouse.workers import trainer
-from stillhouse.workers.adapters import adapter_parameters, put_adapter
+from stillhouse.workers.adapter_training import adapter_parameters, put_adapter
 from stillhouse.workers.folders import is_sealed
 from stillhouse.workers.models.language_model import load
 from stillhouse.workers.projection import TargetRow, target_logps

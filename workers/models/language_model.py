@@ -95,7 +95,7 @@ def load(
             f"found: {error}. Fetch it again, or delete the folder if it is a converted copy"
         ) from error
     if spec.adapter is not None:
-        from stillhouse.workers.models.adapter import attach_adapter
+        from stillhouse.workers.models.adapter_loading import attach_adapter
 
         model = attach_adapter(model, spec.adapter)
     return LanguageModel(

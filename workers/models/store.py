@@ -13,8 +13,8 @@ from stillhouse.workers.models.cache_folder import (
     join_pieces,
     require_space,
 )
-from stillhouse.workers.models.checkpoint import check_model_folder, missing_weights
 from stillhouse.workers.models.gguf_header import GgufHeader, check_whole, read_header
+from stillhouse.workers.models.model_folder import check_model_folder, missing_weights
 from stillhouse.workers.models.packages import SourceFile
 from stillhouse.workers.models.refs import (
     ModelRef,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stillhouse.errors import ModelError
-from stillhouse.workers.models.checkpoint import read_json
+from stillhouse.workers.models.model_folder import read_json
 
 if TYPE_CHECKING:
     from torch import nn
