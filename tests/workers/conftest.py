@@ -17,7 +17,9 @@ from transformers.utils import logging
 
 from stillhouse.workers.models.language_model import LanguageModel, load
 from stillhouse.workers.models.store import ModelStore
-from stillhouse.workers.protocols import ModelSpec
+from stillhouse.workers.protocols import ModelSpec, TrainJob
+from tests.workers import cache_models
+from tests.workers.small_training import CONFIG, EXAMPLES
 
 SPECIALS = {"eos_token": "<eos>", "pad_token": "<pad>", "bos_token": "<bos>"}
 CONTEXT = 96
@@ -93,3 +95,28 @@ def gemma(model_folders, store) -> LanguageModel:
 def lm(request) -> LanguageModel:
     """Either of them in turn; shared."""
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=[cache_models.llama, cache_models.gemma], ids=["llama", "gemma"])
+def model(request):
+    """Fresh, with layers that a cache must know apart."""
+    return request.param()
+
+
+@pytest.fixture
+def fresh(model_folders, store):
+    """Loads a model of its own at each call: training wraps its layers."""
+
+    def make(kind="llama"):
+        return load(store, ModelSpec(str(model_folders[kind])))
+
+    return make
+
+
+@pytest.fixture
+def job(model_folders, tmp_path):
+    def make(folder="train", examples=EXAMPLES, kind="llama", **changes):
+        config = CONFIG.model_copy(update=changes)
+        return TrainJob(ModelSpec(str(model_folders[kind])), examples, config, tmp_path / folder)
+
+    return make

@@ -1,83 +1,23 @@
-"""TurboQuantCache in transformers models: what is stored, what attention sees, how many bytes."""
+"""TurboQuantCache alone: what is stored, what attention sees, how many bytes."""
 
 import copy
-from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    DynamicCache,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3NextConfig,
-)
+from transformers import DynamicCache, Qwen3NextConfig
 
 from stillhouse.kernels.turboquant import MseCodec
 from stillhouse.workers.cache import CacheFormat, TurboQuantCache
-
-VOCABULARY, WINDOW, HEADS, HEAD_DIM = 50, 8, 2, 16
-EIGHT_BITS = CacheFormat(key_bits=8, value_bits=8)
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": HEADS,
-    "head_dim": HEAD_DIM,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-
-
-def llama():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, initializer_range=0.2, **SIZES)).eval()
-
-
-def gemma():
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        num_hidden_layers=3,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-        sliding_window=WINDOW,
-        initializer_range=0.2,
-        **SIZES,
-    )
-    return Gemma3ForCausalLM(config).eval()
-
-
-@pytest.fixture(params=[llama, gemma], ids=["llama", "gemma"])
-def model(request):
-    return request.param()
-
-
-def tokens(batch, length, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, VOCABULARY, (batch, length), generator=generator)
-
-
-@torch.no_grad()
-def step_logits(model, ids, cache, pieces):
-    """Logits of every token, `ids` fed in `pieces` of the given lengths through one cache."""
-    out, start = [], 0
-    for piece in pieces:
-        out.append(model(ids[:, start : start + piece], past_key_values=cache).logits)
-        start += piece
-    return torch.cat(out, dim=1)
-
-
-def kl(reference, other):
-    p, q = reference.log_softmax(-1), other.log_softmax(-1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
-
-
-def random_kv(batch, length, seed=0):
-    shape = (batch, HEADS, length, HEAD_DIM)
-    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(seed))
+from tests.workers.cache_models import (
+    HEAD_DIM,
+    HEADS,
+    WINDOW,
+    gemma,
+    llama,
+    random_kv,
+    step_logits,
+    tokens,
+)
 
 
 def test_update_returns_the_round_trip_of_the_codec():
@@ -100,76 +40,6 @@ def test_returns_the_dtype_of_the_model(dtype):
     cache = TurboQuantCache(llama().config)
     keys, values = random_kv(1, 3).to(dtype)
     assert [x.dtype for x in cache.update(keys, values, 0)] == [dtype, dtype]
-
-
-@pytest.mark.parametrize("pieces", [[20], [1] * 20, [5, 1, 1, 9, 4], [3, 17]])
-def test_eight_bits_follow_the_full_precision_cache(model, pieces):
-    # 20 tokens run far past Gemma's window of 8, in one piece and in many.
-    ids = tokens(2, 20)
-    expected = step_logits(model, ids, DynamicCache(config=model.config), [20])
-    found = step_logits(model, ids, TurboQuantCache(model.config, EIGHT_BITS), pieces)
-    four = step_logits(model, ids, TurboQuantCache(model.config), pieces)
-    # A sliding layer that showed one token too many or too few gives a KL of more than 0.01.
-    assert kl(expected, found) < 1e-3
-    assert kl(expected, four) > 10 * kl(expected, found)  # the codec is in the path
-
-
-def test_pieces_do_not_change_the_logits(model):
-    ids = tokens(2, 20)
-    whole = step_logits(model, ids, TurboQuantCache(model.config), [20])
-    pieces = step_logits(model, ids, TurboQuantCache(model.config), [7, 1, 1, 11])
-    torch.testing.assert_close(whole, pieces, atol=2e-3, rtol=0)
-
-
-def generate(model, ids, mask=None, cache=None, **options):
-    mask = torch.ones_like(ids) if mask is None else mask
-    if cache is None:
-        cache = TurboQuantCache(model.config, EIGHT_BITS)
-    options = {"max_new_tokens": 12, "do_sample": False} | options
-    return model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
-
-
-def test_generate_takes_the_best_tokens_of_full_precision(model):
-    ids = tokens(2, 6)
-    out = generate(model, ids)
-    assert out.shape == (2, 18)
-    logits = step_logits(model, out, DynamicCache(config=model.config), [18])[:, 5:-1]
-    chosen = logits.gather(2, out[:, 6:, None]).squeeze(2)
-    # Equal sequences would ask more than 8 bits promise where two tokens are nearly even.
-    assert bool((chosen > logits.amax(2) - 0.1).all())
-    assert float(logits.std()) > 0.5
-
-
-def test_left_padded_batch_equals_single_sequences(model):
-    short, long = tokens(1, 4, seed=1), tokens(1, 11, seed=2)
-    padded = torch.cat((torch.zeros(1, 7, dtype=torch.int64), short), dim=1)
-    batch = torch.cat((padded, long))
-    together = generate(model, batch, (batch != 0).long())
-    assert torch.equal(together[0, 11:], generate(model, short)[0, 4:])
-    assert torch.equal(together[1], generate(model, long)[0])
-
-
-def test_generation_goes_on_from_the_same_cache(model):
-    ids = tokens(1, 5)
-    cache = TurboQuantCache(model.config)
-    first = generate(model, ids, cache=cache, max_new_tokens=6)
-    assert cache.get_seq_length() == 10  # the last token has not been through the model
-    second = generate(model, first, cache=cache, max_new_tokens=6)
-    once = generate(model, ids, cache=TurboQuantCache(model.config), max_new_tokens=12)
-    assert torch.equal(second, once)
-
-
-def test_beam_search_equals_full_precision(model):
-    ids = tokens(2, 6)
-    full = generate(model, ids, cache=DynamicCache(config=model.config), num_beams=3)
-    assert torch.equal(generate(model, ids, num_beams=3), full)
-
-
-def test_assisted_generation_takes_tokens_back(model):
-    # Prompt lookup drafts tokens, and the cache forgets those that are rejected.
-    ids = tokens(1, 4).repeat(1, 3)
-    found = generate(model, ids, prompt_lookup_num_tokens=3)
-    assert torch.equal(found, generate(model, ids))
 
 
 @pytest.mark.parametrize("length", [6, 20])

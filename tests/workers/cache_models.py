@@ -1,0 +1,57 @@
+"""Small models with full and sliding layers, and what a test of their cache feeds them."""
+
+from typing import Any
+
+import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+
+VOCABULARY, WINDOW, HEADS, HEAD_DIM = 50, 8, 2, 16
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": HEADS,
+    "head_dim": HEAD_DIM,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+
+
+def llama():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, initializer_range=0.2, **SIZES)).eval()
+
+
+def gemma():
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        num_hidden_layers=3,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        sliding_window=WINDOW,
+        initializer_range=0.2,
+        **SIZES,
+    )
+    return Gemma3ForCausalLM(config).eval()
+
+
+def tokens(batch, length, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (batch, length), generator=generator)
+
+
+@torch.no_grad()
+def step_logits(model, ids, cache, pieces):
+    """Logits of every token, `ids` fed in `pieces` of the given lengths through one cache."""
+    out, start = [], 0
+    for piece in pieces:
+        out.append(model(ids[:, start : start + piece], past_key_values=cache).logits)
+        start += piece
+    return torch.cat(out, dim=1)
+
+
+def random_kv(batch, length, seed=0):
+    shape = (batch, HEADS, length, HEAD_DIM)
+    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(seed))
