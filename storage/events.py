@@ -23,7 +23,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from stillhouse.errors import IntegrityError
 from stillhouse.storage.durable import replace_file
@@ -133,7 +133,7 @@ class EventLog:
 
     def _event(self, line: Line) -> Event:
         try:
-            event = Event(**line.value)  # type: ignore[arg-type]  # checked by the next lines
+            event = Event(**cast("dict[str, Any]", line.value))
         except TypeError as error:
             raise IntegrityError(self._misplaced(line)) from error
         if event.id != line.number or not isinstance(event.data, dict):

@@ -4,7 +4,7 @@ import hashlib
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
 import torch
@@ -61,7 +61,7 @@ def _peft_config(model: PreTrainedModel, lora: LoraConfig, ref: str) -> peft.Lor
     upper = list(range(lora.first_layer, layers)) if lora.first_layer else None
     return peft.LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT says int, and only divides it
+        lora_alpha=cast("int", lora.alpha),  # PEFT types it so, and only divides it
         target_modules=names,
         layers_to_transform=upper,
         lora_dropout=0.0,

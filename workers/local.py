@@ -8,7 +8,7 @@ import gc
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stillhouse.configs.stages import CompressConfig
 from stillhouse.workers.models.refs import fingerprint
@@ -211,7 +211,6 @@ class _LoadedModels:
         """Set the process up for torch once; the device to load on."""
         if self._device is None:
             import torch
-            from torch.utils import deterministic
 
             _silence_progress_bars()
             self._device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -220,8 +219,8 @@ class _LoadedModels:
             if self._device == "cpu":
                 torch.use_deterministic_algorithms(True)
                 # Filling every fresh tensor with NaN finds bugs and costs a pass over memory.
-                # The types do not know it: torch swaps the module's class for one that has it.
-                deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+                deterministic: Any = torch.utils.deterministic  # its types miss the attribute
+                deterministic.fill_uninitialized_memory = False
         return self._device
 
 

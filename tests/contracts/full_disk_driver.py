@@ -9,6 +9,7 @@ that allocate late report a full disk.
 import errno
 import os
 import sys
+from unittest.mock import patch
 
 from stillhouse.cli import main
 
@@ -24,6 +25,6 @@ def failing_flush(descriptor: int) -> None:
     flush(descriptor)
 
 
-os.fsync = failing_flush  # type: ignore[assignment]
 sys.argv = ["stillhouse", *sys.argv[2:]]
-main()
+with patch.object(os, "fsync", failing_flush):
+    main()

@@ -15,6 +15,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from stillhouse.cli import console, main
 from stillhouse.storage.manifest import Manifest, ShardEntry, StageEntry
@@ -74,7 +75,9 @@ def tear(value: dict[str, Any], manifest: Manifest) -> None:
 
 
 whole_append = Manifest.append
-console.Console = KillingConsole  # type: ignore[misc]
-Manifest.append = killing_append  # type: ignore[method-assign,assignment]
 sys.argv = ["stillhouse", *sys.argv[3:]]
-main()
+with (
+    patch.object(console, "Console", KillingConsole),
+    patch.object(Manifest, "append", killing_append),
+):
+    main()

@@ -20,6 +20,7 @@ from stillhouse.storage.records import Record
 from stillhouse.storage.shards import write_shard
 from stillhouse.workers.protocols import Pair
 from stillhouse.workers.scripted import Script, ScriptedWorkers
+from tests.killed import Killed
 
 LETTERS = ("A00", "B11", "C22")
 
@@ -130,6 +131,21 @@ class Line:
         entry = Manifest(runner.folder).stage(stage, runner.keys()[stage])
         assert entry is not None
         return entry
+
+
+class Killer(Observer):
+    """Dies when it hears that a shard or a stage is in the journal: its events are not written."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def shard_committed(self, entry: ShardEntry) -> None:
+        if entry.shard == self._name:
+            raise Killed
+
+    def stage_finished(self, entry: StageEntry) -> None:
+        if entry.stage == self._name:
+            raise Killed
 
 
 def content_of(ref: str) -> str:

@@ -12,11 +12,8 @@ from stillhouse.pipelines.stage import Part, Stage, Task
 from stillhouse.pipelines.stage_run import StageRun
 from stillhouse.storage.manifest import Counts, Manifest
 from stillhouse.storage.records import QuestionRecord
+from tests.killed import Killed
 from tests.pipelines.conftest import Line
-
-
-class KilledError(Exception):
-    """Stands for a kill: nobody catches it."""
 
 
 def question(name: str) -> QuestionRecord:
@@ -44,7 +41,7 @@ class CountingStage(Stage):
         for number in range(count):
             self.survives -= 1
             if self.survives < 0:
-                raise KilledError
+                raise Killed
             rows = [question(f"{task.name} {number}")]
             part = number if task.name == "streamed" else None
             yield Part({"questions": rows}, Counts(rows_in=1, kept=1), tokens=5, part=part)
@@ -84,7 +81,7 @@ def test_files_are_in_place_before_their_line(line: Line) -> None:
 def test_a_task_that_was_stopped_is_done_again_and_counted_once(
     counting, line: Line, survives: int
 ) -> None:
-    with pytest.raises(KilledError):
+    with pytest.raises(Killed):
         counting(CountingStage(survives))
     second = CountingStage()
     runner = counting(second)

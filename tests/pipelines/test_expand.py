@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from stillhouse.pipelines.observer import Observer
-from stillhouse.storage.manifest import Counts, ShardEntry
+from stillhouse.storage.manifest import Counts
 from stillhouse.workers.protocols import Failed
 from stillhouse.workers.scripted import Script
-from tests.pipelines.conftest import Line, scripts
+from tests.killed import Killed
+from tests.pipelines.conftest import Killer, Line, scripts
 
 
 @pytest.fixture
@@ -96,27 +96,12 @@ def test_every_proposal_is_accounted_for(asked: Line) -> None:
     assert kept > 0
 
 
-class Killed(BaseException):
-    pass
-
-
-class KilledAfter(Observer):
-    """Dies once a shard is committed."""
-
-    def __init__(self, shard: str) -> None:
-        self.shard = shard
-
-    def shard_committed(self, entry: ShardEntry) -> None:
-        if entry.shard == self.shard:
-            raise Killed
-
-
 def test_a_round_that_was_not_enough_is_not_enough_after_a_kill_in_the_next(asked: Line) -> None:
     asked.tree["expand"] |= {"generators": ["few_shot"], "prompts_per_round": 6, "enough": 9}
     asked.pool("seed, one")
     says(asked, *(f"new {number}" for number in range(12)))
     with pytest.raises(Killed):
-        asked.run("expand", KilledAfter("round-02-d-select-00000"))
+        asked.run("expand", Killer("round-02-d-select-00000"))
     asked.run("expand")
     assert asked.entry("expand").counts == Counts(rows_in=12, kept=12)
 

@@ -18,13 +18,13 @@ def prompt(name: str) -> PromptRecord:
 class TwoModels:
     """Answers by prompt; two tokens an answer, with the log-probabilities of the case below."""
 
-    def __init__(self, **answers: Completion | Failed | PairLogp) -> None:
+    def __init__(self, **answers: Completion | Failed) -> None:
         self.answers = answers
         self.scored: list[Pair] = []
 
     def answer(self, prompts, how: Decoding) -> list[Completion | Failed]:
         assert (how.max_new_tokens, how.temperature) == (16, 0.0)
-        return [self.answers[text[3:].split("\n")[0]] for text in prompts]  # type: ignore[misc]  # a score is for score()
+        return [self.answers[text[3:].split("\n")[0]] for text in prompts]
 
     def propose(self, prompts, how: Decoding) -> list[Completion | Failed]:
         raise AssertionError("scoring proposes nothing")

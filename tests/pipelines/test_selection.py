@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from stillhouse.pipelines.selection import judge
-from stillhouse.storage.records import CompletionRecord, ScoreRecord
+from stillhouse.storage.records import CompletionRecord, ScoreRecord, Status
 from stillhouse.workers.scripted import Script
 from tests.pipelines.conftest import Line, code_of, scripts
 
@@ -15,7 +15,7 @@ THRESHOLD = math.log(TAU)
 
 
 def score(
-    name: str, gap: float, confidence: float = -1.0, status: str = "kept", round_: int = 0
+    name: str, gap: float, confidence: float = -1.0, status: Status = "kept", round_: int = 0
 ) -> ScoreRecord:
     logp = [confidence]
     return ScoreRecord(
@@ -27,7 +27,7 @@ def score(
         logp_base=logp,
         gap=gap,
         confidence=confidence,
-        status=status,  # type: ignore[arg-type]
+        status=status,
         reason=None if status == "kept" else "empty_answer",
     )
 

@@ -12,11 +12,11 @@ from stillhouse.pipelines.observer import Observer, Observers
 from stillhouse.pipelines.tracked import TrackingObserver
 from stillhouse.storage.events import EventLog
 from stillhouse.storage.layout import RunFolder
-from stillhouse.storage.manifest import StageEntry
 from stillhouse.storage.tracking.settings import mlflow_quiet
 from stillhouse.storage.tracking.tracker import Tracker, default_uri
 from stillhouse.workers.scripted import Script
-from tests.pipelines.conftest import Line
+from tests.killed import Killed
+from tests.pipelines.conftest import Killer, Line
 
 
 @pytest.fixture(autouse=True)
@@ -101,21 +101,6 @@ def test_parents_are_named_with_the_digest_that_was_read(whole: Line) -> None:
     assert second["score.scores"]["digest"] != first["score.scores"]["digest"]
     [read] = [p for p in third["select.selections"]["parents"] if p["name"] == "score.scores"]
     assert read["digest"] == first["score.scores"]["digest"]
-
-
-class Killed(BaseException):
-    """Stands for a kill: nobody catches it."""
-
-
-class Killer(Observer):
-    """Dies when it hears that a stage is finished: its line is written, its events are not."""
-
-    def __init__(self, stage: str) -> None:
-        self._stage = stage
-
-    def stage_finished(self, entry: StageEntry) -> None:
-        if entry.stage == self._stage:
-            raise Killed
 
 
 def test_a_kill_just_after_a_stage_loses_no_event(whole: Line) -> None:

@@ -11,11 +11,8 @@ from stillhouse.storage.layout import RunFolder
 from stillhouse.storage.manifest import Counts
 from stillhouse.workers.protocols import ModelSpec, TrainExample
 from stillhouse.workers.scripted import ScriptedWorkers
+from tests.killed import Killed
 from tests.pipelines.conftest import Line, scripts
-
-
-class Killed(BaseException):
-    """Stands for a kill: nobody catches it."""
 
 
 class Clock:

@@ -1,6 +1,6 @@
 """The run's rows as SQL tables: complete for us, read-only and closed for a user."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -325,7 +325,8 @@ def test_what_does_not_fit_in_memory_is_spilled_and_removed(
         rows = catalog.stream(sql)
         assert next(rows)[0] == 99_999
         assert any(path.is_file() for path in folder.root.glob(".spill-*/*"))
-        rows.close()  # type: ignore[attr-defined]  # an iterator to callers, in fact a generator
+        assert isinstance(rows, Generator)
+        rows.close()
     assert not list(folder.root.glob(".spill-*"))
 
 

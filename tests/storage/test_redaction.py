@@ -22,7 +22,7 @@ from stillhouse.storage.redaction import redact_uris
         ),
         ("builtin:icd10cm?split=pool&seed=1", "builtin:icd10cm?split=pool&seed=1"),
         ("hf:org/data@0123", "hf:org/data@0123"),
-        ("sqlite:////tmp/runs/mlflow.db", "sqlite:////tmp/runs/mlflow.db"),
+        ("sqlite:////srv/runs/mlflow.db", "sqlite:////srv/runs/mlflow.db"),
         ("a question? x=1 mail me@home", "a question? x=1 mail me@home"),
     ],
 )

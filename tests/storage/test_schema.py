@@ -51,11 +51,11 @@ def test_an_annotation_without_a_column_type_is_refused() -> None:
 
 
 def prompt(**changes: object) -> PromptRecord:
-    values: dict[str, object] = {
+    values: dict[str, Any] = {
         "prompt_id": "p", "text": "t", "rendered": "r", "origin": "o", "split": "train", "round": 0,
         "parent_id": None, "locator": "l", "status": "kept", "reason": None,
     }  # fmt: skip
-    return PromptRecord(**(values | changes))  # type: ignore[arg-type]  # some are wrong on purpose
+    return PromptRecord(**(values | changes))
 
 
 @pytest.mark.parametrize(

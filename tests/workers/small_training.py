@@ -4,6 +4,7 @@ from pathlib import Path
 
 from stillhouse.configs.stages import LoraConfig, TrainConfig
 from stillhouse.workers.protocols import TrainExample
+from tests.killed import Killed
 
 CONFIG = TrainConfig(
     lora=LoraConfig(rank=2, alpha=4),
@@ -23,10 +24,6 @@ TOTAL = 8  # 2 epochs of ceil(11 / 3) steps
 
 def ignore(step, total):
     """Listen to nobody."""
-
-
-class Killed(Exception):  # noqa: N818
-    """Stands for a death between two steps."""
 
 
 def stop_after(last):

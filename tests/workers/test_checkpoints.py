@@ -13,7 +13,8 @@ import pytest
 from stillhouse.errors import ConfigError, StorageFullError
 from stillhouse.workers import trainer
 from stillhouse.workers.folders import is_sealed
-from tests.workers.small_training import TOTAL, Killed, files_of, ignore, stop_after
+from tests.killed import Killed
+from tests.workers.small_training import TOTAL, files_of, ignore, stop_after
 
 SCRIPT = """
 import os, signal, sys, torch
@@ -76,12 +77,17 @@ def test_killed_and_resumed_is_the_same_to_the_bit(job, tmp_path):
     assert files_of(killed.folder / "adapter") == files_of(clean.folder / "adapter")
 
 
+def stopped(fresh, job, after):
+    """The job, its training killed after a step."""
+    with pytest.raises(Killed):
+        trainer.train(fresh(), job, stop_after(after))
+    return job
+
+
 @pytest.mark.parametrize("last", range(1, TOTAL + 1))
 def test_stopped_after_any_step_and_resumed(fresh, job, last):
     clean = trainer.train(fresh(), job("clean", checkpoint_steps=1), ignore)
-    broken = job("broken", checkpoint_steps=1)
-    with pytest.raises(Killed):
-        trainer.train(fresh(), broken, stop_after(last))
+    broken = stopped(fresh, job("broken", checkpoint_steps=1), after=last)
     resumed = trainer.train(fresh(), broken, ignore)
     assert resumed.steps == clean.steps
     assert files_of(resumed.adapter) == files_of(clean.adapter)
@@ -89,9 +95,7 @@ def test_stopped_after_any_step_and_resumed(fresh, job, last):
 
 def test_a_torn_checkpoint_is_passed_over_for_the_one_before(fresh, job):
     clean = trainer.train(fresh(), job("clean"), ignore)
-    broken = job("broken")
-    with pytest.raises(Killed):
-        trainer.train(fresh(), broken, stop_after(5))
+    broken = stopped(fresh, job("broken"), after=5)
     torn = broken.folder / "checkpoints" / "step_4" / "adapter.safetensors"
     torn.write_bytes(torn.read_bytes()[:-8])
     said: list[str] = []
@@ -107,9 +111,7 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before(fresh, job):
 
 def test_what_a_kill_left_of_a_half_written_checkpoint_is_no_checkpoint(fresh, job):
     clean = trainer.train(fresh(), job("clean"), ignore)
-    broken = job("broken")
-    with pytest.raises(Killed):
-        trainer.train(fresh(), broken, stop_after(3))
+    broken = stopped(fresh, job("broken"), after=3)
     half = broken.folder / "checkpoints" / ".partial-step_4"
     half.mkdir()
     (half / "adapter.safetensors").write_bytes(b"half")

@@ -2,16 +2,13 @@
 
 import struct
 
-import gguf
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from stillhouse.errors import ModelError
 from stillhouse.workers.models.gguf_header import check_whole, read_header
-
-Q8_0 = gguf.GGMLQuantizationType.Q8_0
+from tests.workers.small_gguf import TENSORS, write_small_gguf
 
 
 @pytest.fixture(scope="module")
@@ -21,22 +18,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(folder) -> bytes:
-    """A file with metadata of every shape and two tensors."""
-    path = folder / "whole.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_custom_alignment(64)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_add_bos_token(True)
-    writer.add_token_list(["<s>", "é", "ab"])
-    writer.add_token_types([3, 1, 1])
-    matrix = np.ones((3, 64), dtype=np.float32)
-    writer.add_tensor("blk.0.ffn_up.weight", gguf.quantize(matrix, Q8_0), raw_dtype=Q8_0)
-    writer.add_tensor("output_norm.weight", np.ones(7, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path.read_bytes()
+    return write_small_gguf(folder / "whole.gguf").read_bytes()
 
 
 def checked(folder, content: bytes):
@@ -53,10 +35,7 @@ def test_a_whole_header_is_read(folder, whole):
     header = checked(folder, whole)
     assert header.metadata["general.alignment"] == 64
     assert header.metadata["tokenizer.ggml.tokens"] == 3  # an array as its length
-    assert [(one.name, one.elements, one.kind) for one in header.tensors] == [
-        ("blk.0.ffn_up.weight", 3 * 64, Q8_0),
-        ("output_norm.weight", 7, gguf.GGMLQuantizationType.F32),
-    ]
+    assert [(one.name, one.elements, one.kind) for one in header.tensors] == TENSORS
     assert header.data_start % 64 == 0
     assert header.expected_size <= len(whole)
 

@@ -2,8 +2,6 @@
 
 from contextlib import suppress
 
-import gguf
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -16,20 +14,12 @@ from stillhouse.workers.models.language_model import load
 from stillhouse.workers.models.size import parameters
 from stillhouse.workers.models.store import ModelStore
 from stillhouse.workers.protocols import ModelSpec
+from tests.workers.small_gguf import write_small_gguf
 
 
 def test_a_gguf_header_counts_elements_and_not_bytes(tmp_path):
     """A quantised tensor has fewer bytes than elements times two."""
-    path = tmp_path / "small.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    q8 = gguf.GGMLQuantizationType.Q8_0
-    matrix = np.ones((3, 64), dtype=np.float32)
-    writer.add_tensor("blk.0.ffn_up.weight", gguf.quantize(matrix, q8), raw_dtype=q8)
-    writer.add_tensor("output_norm.weight", np.ones(7, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    path = write_small_gguf(tmp_path / "small.gguf")
     assert parameters(f"gguf:{path}") == 3 * 64 + 7
     folder = tmp_path / "folder"
     folder.mkdir()
