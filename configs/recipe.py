@@ -1,8 +1,9 @@
 """A whole run, as written in a recipe."""
 
+import re
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from stillhouse.configs.base import Config, knob
 from stillhouse.configs.data import DataConfig, ModelsConfig
@@ -18,6 +19,10 @@ from stillhouse.configs.stages import (
     SpecializeConfig,
 )
 
+_TRACKING_URI = re.compile(
+    r"(https?://|sqlite(\+\w+)?:////|(postgresql|mysql|mssql)(\+\w+)?://)[^/]", re.IGNORECASE
+)
+
 
 class TrackingConfig(Config):
     """Where MLflow is. No `uri` means a local sqlite file under `runs_root`."""
@@ -25,6 +30,19 @@ class TrackingConfig(Config):
     enabled: bool = True
     uri: str | None = None
     experiment: str = "stillhouse"
+
+    @field_validator("uri")
+    @classmethod
+    def _is_a_place_that_mlflow_tracks_to(cls, uri: str | None) -> str | None:
+        if uri is None or _TRACKING_URI.match(uri):
+            return uri
+        found = uri if "@" not in uri else f"a URI that begins with {uri.partition(':')[0]}:"
+        raise ValueError(
+            "tracking.uri: expected http(s)://…, sqlite:///<absolute path> (so with four slashes) "
+            "or a database URI (postgresql, mysql, mssql), because MLflow 3 refuses folders such "
+            "as ./mlruns, and a relative sqlite path would move with the working directory; "
+            f"found {found}"
+        )
 
 
 class ExecutionConfig(Config):

@@ -23,7 +23,7 @@ class LoggedEvents:
             match event.kind:
                 case "stage_started":
                     stages.discard(stage)
-                case "stage_finished":
+                case "stage_finished" if event.data["status"] == "finished":
                     stages.add(stage)
                 case "run_started":
                     report = None

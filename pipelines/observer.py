@@ -15,7 +15,7 @@ class Observer:
     def run_opened(self, keys: Mapping[str, str]) -> None:
         """The run is ours: its lock is held. `keys` are those of all its stages."""
 
-    def run_started(self, name: str, keys: Mapping[str, str]) -> None:
+    def run_started(self, keys: Mapping[str, str]) -> None:
         """There is work to do."""
 
     def stage_cached(self, entry: StageEntry) -> None:
@@ -57,9 +57,9 @@ class Observers(Observer):
         for member in self._members:
             member.run_opened(keys)
 
-    def run_started(self, name: str, keys: Mapping[str, str]) -> None:
+    def run_started(self, keys: Mapping[str, str]) -> None:
         for member in self._members:
-            member.run_started(name, keys)
+            member.run_started(keys)
 
     def stage_cached(self, entry: StageEntry) -> None:
         for member in self._members:

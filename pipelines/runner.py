@@ -68,7 +68,7 @@ class Runner:
             manifest = self._start(resume, keys)
             fresh = not self._is_reported(manifest, keys, stages)
             if fresh:
-                self.observer.run_started(self.recipe.name, keys)
+                self.observer.run_started(keys)
             for stage in stages:
                 entry = manifest.stage(stage.name, keys[stage.name])
                 if entry is not None:

@@ -24,7 +24,8 @@ from stillhouse.pipelines.runner import Resume
 from stillhouse.storage.events import EventLog
 from stillhouse.storage.layout import RunFolder
 from stillhouse.storage.manifest import FileEntry, Manifest, StageEntry
-from stillhouse.storage.tracking.tracker import Tracker, default_uri
+from stillhouse.storage.tracking.database import default_uri
+from stillhouse.storage.tracking.tracker import Tracker
 
 
 def run_tracked(
@@ -37,8 +38,8 @@ def run_tracked(
     runner = local_runner(recipe, Observers((console, tracking)))
     try:
         return runner.run(resume, until)
-    except StillhouseError as error:
-        tracking.run_failed(error)
+    except (StillhouseError, KeyboardInterrupt) as error:
+        tracking.run_stopped(error)
         raise
 
 
@@ -54,6 +55,7 @@ class TrackingObserver(Observer):
         experiment = recipe.tracking.experiment
         self._tracker = Tracker(self._folder, self._log, uri, experiment, recipe.name)
         self._started = False
+        self._open: tuple[str, str] | None = None  # the stage that is under way, and its key
         self._keys: Mapping[str, str] = {}
 
     def run_opened(self, keys: Mapping[str, str]) -> None:
@@ -61,7 +63,7 @@ class TrackingObserver(Observer):
         self._keys = keys
         self._upload()
 
-    def run_started(self, name: str, keys: Mapping[str, str]) -> None:
+    def run_started(self, keys: Mapping[str, str]) -> None:
         self._started = True
         if (why := self._tracker.probe()) is not None:
             self._console.note(
@@ -75,6 +77,7 @@ class TrackingObserver(Observer):
     def stage_started(self, stage: str, key: str, reused_shards: int) -> None:
         section = getattr(self._recipe, stage, None)
         params = {} if section is None else section.model_dump(mode="json")
+        self._open = (stage, key)
         self._log.emit("stage_started", stage, key=key, params=params)
 
     def metric(self, stage: str, name: str, value: float, step: int) -> None:
@@ -104,6 +107,7 @@ class TrackingObserver(Observer):
             tokens=entry.tokens,
             status="finished",
         )
+        self._open = None
         self._upload()
 
     def run_finished(self, report: Mapping[str, Any]) -> None:
@@ -119,16 +123,21 @@ class TrackingObserver(Observer):
             self._begin()
             self.run_finished(report)
 
-    def run_failed(self, error: StillhouseError) -> None:
-        """Say that the run stopped; the error itself is told by whoever caught it."""
-        if self._started:
-            self._log.emit("run_finished", status="failed", metrics={})
-            self._console.note(f"run {self._recipe.name} stopped: {type(error).__name__}")
-            self._upload()
+    def run_stopped(self, error: StillhouseError | KeyboardInterrupt) -> None:
+        """Say how the run and its stage ended; the error itself is told by whoever caught it."""
+        if not self._started:
+            return
+        status = "killed" if isinstance(error, KeyboardInterrupt) else "failed"
+        if self._open is not None:
+            stage, key = self._open
+            self._log.emit("stage_finished", stage, key=key, status=status)
+        self._log.emit("run_finished", status=status, metrics={})
+        self._console.note(f"run {self._recipe.name} stopped: {type(error).__name__}")
+        self._upload()
 
     def _begin(self) -> None:
         if not self._started:
-            self.run_started(self._recipe.name, self._keys)
+            self.run_started(self._keys)
 
     @cached_property
     def _logged(self) -> LoggedEvents:

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
@@ -168,8 +169,9 @@ class Catalog:
         """
         cursor = self._connection.cursor()
         try:
-            cursor.execute("BEGIN TRANSACTION READ ONLY")
-            cursor.execute(sql, parameters)
+            with _interrupts():
+                cursor.execute("BEGIN TRANSACTION READ ONLY")
+                cursor.execute(sql, parameters)
         except duckdb.Error as error:
             raise self._told(error, otherwise) from error
         names = [column[0] for column in cursor.description or ()]
@@ -179,7 +181,7 @@ class Catalog:
         self, cursor: duckdb.DuckDBPyConnection, batch: int, otherwise: Meaning
     ) -> Iterator[tuple[Any, ...]]:
         try:
-            while rows := cursor.fetchmany(batch):
+            while rows := _fetched(cursor, batch):
                 yield from rows
         except duckdb.Error as error:  # it may come as late as the last row
             raise self._told(error, otherwise) from error
@@ -233,6 +235,22 @@ class Catalog:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+@contextmanager
+def _interrupts() -> Iterator[None]:
+    """Within it Ctrl-C is a KeyboardInterrupt; DuckDB makes it a RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if str(error) != "Query interrupted":
+            raise
+        raise KeyboardInterrupt from error
+
+
+def _fetched(cursor: duckdb.DuckDBPyConnection, rows: int) -> list[tuple[Any, ...]]:
+    with _interrupts():
+        return cursor.fetchmany(rows)
 
 
 def _refuse_writing(sql: str) -> None:

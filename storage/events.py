@@ -10,11 +10,12 @@ must be able to take one twice.
     metric          name, value, step
     dataset         name, path, digest, rows, source, parents (name and digest of each dataset it
                     was made from)
-    stage_finished  key, counts, seconds, tokens, status ("finished" or "failed")
+    stage_finished  key, status ("finished"; "failed"; "killed": interrupted by the user), and of a
+                    finished one counts, seconds, tokens
     artifact        path
     model           path, name, task, tags, digest (of its files; the same ones are uploaded once)
     promote         name
-    run_finished    status ("finished" or "failed"), metrics, report (digest of the file)
+    run_finished    status (as a stage's), metrics, report (digest of the file)
 
 Parameters, tags and metrics may be nested. Paths are relative to the run folder, which may move.
 """

@@ -3,11 +3,18 @@
 Shape letters: B rows of a batch, T positions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from stillhouse.kernels.turboquant import NotFiniteError
+from stillhouse.workers.protocols import Failed
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +39,18 @@ def length_buckets(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
         raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def set_broken_aside(
+    answer: Callable[[Sequence[T]], Sequence[R]], members: Sequence[T]
+) -> list[R | Failed]:
+    """Answer a batch; where a compressed cache cannot hold it, its members one by one."""
+    try:
+        return list(answer(members))
+    except NotFiniteError as error:
+        if len(members) == 1:
+            return [Failed(f"not_finite: {error}")]
+        return [one for member in members for one in set_broken_aside(answer, [member])]
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> PaddedBatch:

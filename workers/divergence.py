@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from stillhouse.configs.stages import CompressConfig
+from stillhouse.kernels.turboquant import NotFiniteError
 from stillhouse.workers.batching import pad_right
 from stillhouse.workers.cache import CacheFormat, TurboQuantCache
 from stillhouse.workers.models.language_model import LanguageModel, decoder_and_head
@@ -105,7 +106,7 @@ def _measure_text(
         return Failed(NOT_FINITE)
     try:
         packed_TD = hidden_states(lm, batch, packed)[0]
-    except ValueError as error:  # a key or value that the codec cannot store
+    except NotFiniteError as error:
         return Failed(f"not_finite: {error}")
     target_T = torch.tensor(ids[1:], dtype=torch.long, device=full_TD.device)
     measure = _compare(lm, full_TD, packed_TD, target_T)

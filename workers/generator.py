@@ -20,7 +20,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from stillhouse.workers.batching import length_buckets, pad_left
+from stillhouse.workers.batching import length_buckets, pad_left, set_broken_aside
 from stillhouse.workers.models.language_model import LanguageModel
 from stillhouse.workers.projection import core
 from stillhouse.workers.protocols import Completion, Decoding, Failed
@@ -47,8 +47,11 @@ def generate(
     fit = [index for index in range(len(rows)) if index not in answers]
     for bucket in length_buckets([len(rows[index]) for index in fit], how.batch_size):
         members = [fit[position] for position in bucket]
-        made = _generate_batch(lm, [rows[m] for m in members], members, how, cache_factory)
-        answers.update(zip(members, made, strict=True))
+
+        def made(some: Sequence[int]) -> list[Completion]:
+            return _generate_batch(lm, [rows[m] for m in some], some, how, cache_factory)
+
+        answers.update(zip(members, set_broken_aside(made, members), strict=True))
     return [answers[index] for index in range(len(rows))]
 
 

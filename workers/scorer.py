@@ -4,14 +4,15 @@ Only the positions that predict a response token are projected to the vocabulary
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 
 import torch
 from peft import PeftModel
 from transformers import Cache
 
-from stillhouse.workers.batching import length_buckets
+from stillhouse.workers.batching import length_buckets, set_broken_aside
 from stillhouse.workers.models.language_model import LanguageModel
 from stillhouse.workers.projection import TargetRow, target_logps
 from stillhouse.workers.protocols import Failed, Pair, PairLogp, ResponseLogp
@@ -34,8 +35,8 @@ def response_logps(
     fit = [(index, row) for index, row in enumerate(rows) if isinstance(row, TargetRow)]
     for bucket in length_buckets([len(row.ids) for _, row in fit], batch_size):
         members = [fit[position] for position in bucket]
-        cache = None if cache_factory is None else cache_factory()
-        scores.update(_score_batch(lm, members, cache))
+        scored = set_broken_aside(lambda some: _score_batch(lm, some, cache_factory), members)
+        scores.update(zip((index for index, _ in members), scored, strict=True))
     return [scores[index] for index in range(len(rows))]
 
 
@@ -53,14 +54,14 @@ def _row(lm: LanguageModel, pair: Pair) -> TargetRow | Failed:
 
 @torch.inference_mode()
 def _score_batch(
-    lm: LanguageModel, members: Sequence[tuple[int, TargetRow]], cache: Cache | None
-) -> Iterator[tuple[int, ResponseLogp | Failed]]:
-    logp = target_logps(lm, [row for _, row in members], cache).tolist()
-    start = 0
-    for index, row in members:
-        end = start + row.targets
-        yield index, _scored(row, logp[start:end])
-        start = end
+    lm: LanguageModel,
+    members: Sequence[tuple[int, TargetRow]],
+    cache_factory: Callable[[], Cache] | None,
+) -> list[ResponseLogp | Failed]:
+    rows = [row for _, row in members]
+    cache = None if cache_factory is None else cache_factory()
+    logps = iter(target_logps(lm, rows, cache).tolist())
+    return [_scored(row, list(islice(logps, row.targets))) for row in rows]
 
 
 def _scored(row: TargetRow, logp: list[float]) -> ResponseLogp | Failed:

@@ -6,7 +6,13 @@ from stillhouse.kernels.turboquant.codebook import (
     distortion,
     gaussian_codebook,
 )
-from stillhouse.kernels.turboquant.codec import SCALAR_KINDS, MseCodec, PackedVectors, ScalarKind
+from stillhouse.kernels.turboquant.codec import (
+    SCALAR_KINDS,
+    MseCodec,
+    NotFiniteError,
+    PackedVectors,
+    ScalarKind,
+)
 from stillhouse.kernels.turboquant.packing import pack, packed_bytes, unpack
 from stillhouse.kernels.turboquant.rotation import Rotation
 
@@ -15,6 +21,7 @@ __all__ = [
     "SUPPORTED_BITS",
     "Codebook",
     "MseCodec",
+    "NotFiniteError",
     "PackedVectors",
     "Rotation",
     "ScalarKind",

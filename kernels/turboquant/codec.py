@@ -31,6 +31,10 @@ _INPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TINY = 1e-20  # guards 0/0 for the zero vector; ⟨y, c⟩ of any other vector is above 1e-5
 
 
+class NotFiniteError(ValueError):
+    """A vector is NaN, infinite, or too long for its float16 scalar."""
+
+
 @dataclass(frozen=True, slots=True)
 class PackedVectors:
     """Encoded vectors: `indices` uint8 [..., P] and `scalars` float16 [...] with the same axes."""
@@ -45,10 +49,10 @@ class PackedVectors:
         return sum(storage.nbytes() for storage in storages)
 
     def require_finite(self) -> None:
-        """ValueError when a vector could not be stored; makes the host wait for the device."""
+        """NotFiniteError when a vector could not be stored; makes the host wait for the device."""
         broken = int(torch.isfinite(self.scalars).logical_not().sum())
         if broken:
-            raise ValueError(
+            raise NotFiniteError(
                 f"expected finite vectors with a norm that float16 holds (65,504), found {broken} "
                 f"of {self.scalars.numel()} that are NaN, infinite or larger; keep this layer's "
                 "cache in 16 bits, or find the layer that overflows"

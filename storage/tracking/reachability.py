@@ -7,31 +7,18 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-from stillhouse.errors import ConfigError
-from stillhouse.storage.redaction import redact_uris
+from stillhouse.storage.tracking.database import sqlite_path
 
 _TIMEOUT = 3.0  # seconds
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _GATEWAY = (502, 503, 504)  # something in front of the server answered for it
-_SCHEMES = ("http", "https", "sqlite", *_PORTS)
-
-
-def check_uri(uri: str) -> None:
-    """Raise ConfigError when `uri` is of no kind that MLflow tracks to."""
-    if _scheme(uri) in _SCHEMES and not _is_relative_sqlite(uri):
-        return
-    raise ConfigError(
-        f"tracking URI {redact_uris(uri)!r}: expected sqlite:///<absolute path>, http(s)://… or a "
-        "database URI. MLflow 3 refuses folders such as ./mlruns, and a relative sqlite path would "
-        "move with the working directory."
-    )
 
 
 def why_unreachable(uri: str) -> str | None:
     """Return None when the server behind `uri` answers, else a sentence saying why not."""
+    if (database := sqlite_path(uri)) is not None:
+        return _why_not_writable(database)
     scheme = _scheme(uri)
-    if scheme == "sqlite":
-        return _why_not_writable(sqlite_path(uri))
     if scheme in _PORTS:
         return _why_no_connection(uri, _PORTS[scheme])
     return _why_no_answer(uri)
@@ -50,17 +37,8 @@ def is_disconnection(error: BaseException) -> bool:
     return False
 
 
-def sqlite_path(uri: str) -> Path:
-    """Return the database file of a `sqlite:///` URI."""
-    return Path(uri.partition(":///")[2])
-
-
 def _scheme(uri: str) -> str:
     return uri.partition(":")[0].partition("+")[0].lower()  # postgresql+psycopg2: the driver
-
-
-def _is_relative_sqlite(uri: str) -> bool:
-    return _scheme(uri) == "sqlite" and not sqlite_path(uri).is_absolute()
 
 
 def _why_not_writable(database: Path) -> str | None:

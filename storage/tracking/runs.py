@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from stillhouse.errors import TrackingError
 from stillhouse.storage.events import Event
 from stillhouse.storage.redaction import redact_uris
-from stillhouse.storage.tracking.reachability import sqlite_path
+from stillhouse.storage.tracking.database import sqlite_path
 from stillhouse.storage.tracking.state import TrackingState
 
 if TYPE_CHECKING:
@@ -73,11 +73,11 @@ class RunStore:
 
     def _artifact_location(self, name: str) -> str | None:
         """A server knows where its artifacts go; beside a database file it is for us to say."""
-        if not self._uri.startswith("sqlite"):
+        database = sqlite_path(self._uri)
+        if database is None:
             return None
-        root = sqlite_path(self._uri).parent
-        root.mkdir(parents=True, exist_ok=True)
-        return (root / "mlartifacts" / hashlib.sha256(name.encode()).hexdigest()[:12]).as_uri()
+        place = hashlib.sha256(name.encode()).hexdigest()[:12]
+        return (database.parent / "mlartifacts" / place).as_uri()
 
     def _find_or_create(
         self, identity: str, name: str, event: Event, tags: Mapping[str, str]

@@ -2,21 +2,16 @@
 
 import hashlib
 from collections.abc import Iterator
-from pathlib import Path
 
 from stillhouse.errors import TrackingError
 from stillhouse.storage.events import Event, EventLog
 from stillhouse.storage.layout import RunFolder
 from stillhouse.storage.redaction import redact_uris
+from stillhouse.storage.tracking.database import created_by_one
 from stillhouse.storage.tracking.fields import MAX_METRICS
-from stillhouse.storage.tracking.reachability import check_uri, is_disconnection, why_unreachable
+from stillhouse.storage.tracking.reachability import is_disconnection, why_unreachable
 from stillhouse.storage.tracking.settings import mlflow_quiet
 from stillhouse.storage.tracking.upload import Upload
-
-
-def default_uri(runs_root: Path) -> str:
-    """Return the URI used when a recipe names none: a database beside the runs, absolute."""
-    return f"sqlite:///{runs_root.resolve() / 'mlflow.db'}"
 
 
 class Tracker:
@@ -25,11 +20,7 @@ class Tracker:
     def __init__(
         self, folder: RunFolder, log: EventLog, uri: str, experiment: str, run_name: str
     ) -> None:
-        """Remember where to upload to; connects to nothing and imports nothing.
-
-        Raises ConfigError for a URI that MLflow cannot track to.
-        """
-        check_uri(uri)
+        """Remember where to upload to; connects to nothing and imports nothing."""
         self._folder, self._log, self._uri = folder, log, uri
         self._experiment, self._run_name = experiment, run_name
         # Another server or experiment has been told nothing yet, so it has a cursor of its own.
@@ -61,10 +52,11 @@ class Tracker:
         """Upload one batch; False when the server went away meanwhile."""
         with mlflow_quiet():
             from mlflow.exceptions import MlflowException
+            from sqlalchemy.exc import SQLAlchemyError
 
             try:
                 self._session().take(batch)
-            except (MlflowException, OSError) as error:
+            except (MlflowException, SQLAlchemyError, OSError) as error:
                 if is_disconnection(error) or self.probe() is not None:
                     return False
                 raise TrackingError(self._refusal(batch[0], error)) from error
@@ -81,7 +73,10 @@ class Tracker:
     def _session(self) -> Upload:
         if self._upload is None:
             state = self._folder.tracking / f"{self._cursor}.runs.json"
-            self._upload = Upload(self._folder, self._uri, self._experiment, self._run_name, state)
+            with created_by_one(self._uri):
+                self._upload = Upload(
+                    self._folder, self._uri, self._experiment, self._run_name, state
+                )
         return self._upload
 
 

@@ -25,7 +25,7 @@ from stillhouse.storage.tracking.runs import RunStore
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput
 
-_STATUS = {"finished": "FINISHED", "failed": "FAILED"}
+_STATUS = {"finished": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
 
 
 class Upload:

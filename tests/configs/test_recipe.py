@@ -1,5 +1,6 @@
 """Rules across sections: each refusal says why."""
 
+import re
 from typing import Any
 
 import pytest
@@ -82,3 +83,24 @@ def test_the_student_is_always_evaluated(tree: dict[str, Any]) -> None:
 def test_a_template_has_a_place_for_the_text(tree: dict[str, Any], part: str) -> None:
     tree["data"]["template"] = {part: "Diagnosis: {txt}"}
     assert f"data.template.{part}: expected `{{text}}` in it, because" in refused(tree)
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://127.0.0.1:5000", "sqlite:////srv/mlflow.db", "postgresql+psycopg2://a:b@c/d"]
+)
+def test_a_place_that_mlflow_tracks_to(tree: dict[str, Any], uri: str) -> None:
+    assert check(tree | {"tracking": {"uri": uri}}).tracking.uri == uri
+
+
+@pytest.mark.parametrize(
+    "uri", ["./mlruns", "file:///mlruns", "sqlite:///relative.db", "ftp://x", "https://", ""]
+)
+def test_a_place_that_mlflow_would_refuse(tree: dict[str, Any], uri: str) -> None:
+    with pytest.raises(ConfigError, match=r"tracking\.uri: expected http.*found " + re.escape(uri)):
+        check(tree | {"tracking": {"uri": uri}})
+
+
+def test_a_refused_uri_keeps_its_password_to_itself(tree: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="begins with postgres:") as refused:
+        check(tree | {"tracking": {"uri": "postgres://user:pa55@host/db"}})
+    assert "pa55" not in str(refused.value)

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from stillhouse.errors import TrackingError
+from stillhouse.errors import StillhouseError, TrackingError, TrainingError
 from stillhouse.pipelines.observer import Observer, Observers
 from stillhouse.pipelines.tracked import TrackingObserver
 from stillhouse.storage.events import EventLog
 from stillhouse.storage.layout import RunFolder
+from stillhouse.storage.tracking.database import default_uri
 from stillhouse.storage.tracking.settings import mlflow_quiet
-from stillhouse.storage.tracking.tracker import Tracker, default_uri
+from stillhouse.storage.tracking.tracker import Tracker
 from stillhouse.workers.scripted import Script
 from tests.killed import Killed
 from tests.pipelines.conftest import Killer, Line
@@ -217,3 +218,42 @@ def test_a_run_folder_that_moved_is_uploaded_from_its_new_place(
     sources = [item.dataset.source for item in by_name["ingest"].inputs.dataset_inputs]
     assert sources
     assert all(Path(json.loads(source)["uri"]).is_dir() for source in sources)
+
+
+class Stopper(Observer):
+    """Raises what it was given when a stage starts."""
+
+    def __init__(self, stage: str, error: BaseException) -> None:
+        self._stage, self._error = stage, error
+
+    def stage_started(self, stage: str, key: str, reused_shards: int) -> None:
+        if stage == self._stage:
+            raise self._error
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(TrainingError("loss is NaN"), "failed"), (KeyboardInterrupt(), "killed")]
+)
+def test_a_stopped_run_says_how_it_and_its_stage_ended(
+    whole: Line, error: StillhouseError | KeyboardInterrupt, status: str
+) -> None:
+    tracking = TrackingObserver(whole.recipe, Observer())
+    stopper = Stopper("distill", error)
+    with pytest.raises(type(error)):
+        whole.runner(Observers((tracking, stopper))).run()
+    tracking.run_stopped(error)
+    [stage, run] = events(whole)[-2:]
+    assert kinds([stage, run]) == ["stage_finished distill", "run_finished"]
+    assert stage["data"]["status"] == run["data"]["status"] == status
+    again = start(whole)
+    assert kinds(again, "stage_started")[0] == "stage_started distill"
+    assert again[-1]["data"]["status"] == "finished"
+    assert start(whole) == []
+
+
+def test_a_student_that_fails_the_gate_is_registered_and_not_promoted(whole: Line) -> None:
+    whole.workers.scripts["student"] = Script(lambda prompt: "wrong", lambda pair: -0.1)
+    whole.tree["evaluate"] = {"gate": {"min_accuracy": 0.5}}
+    told = kinds(start(whole))
+    assert "model deploy" in told
+    assert "promote deploy" not in told

@@ -1,5 +1,8 @@
 """The run's rows as SQL tables: complete for us, read-only and closed for a user."""
 
+import os
+import signal
+import threading
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Literal
@@ -328,6 +331,14 @@ def test_what_does_not_fit_in_memory_is_spilled_and_removed(
         assert isinstance(rows, Generator)
         rows.close()
     assert not list(folder.root.glob(".spill-*"))
+
+
+def test_an_interrupt_amid_a_query_is_one(catalog: Catalog) -> None:
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        catalog.rows("SELECT count(*) FROM range(10000000) a, range(10000000) b WHERE a != b")
+    timer.join()
 
 
 def test_a_trace_tells_a_prompts_way_from_its_parent_on(catalog: Catalog) -> None:

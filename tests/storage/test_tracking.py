@@ -1,15 +1,18 @@
 """What a real MLflow server knows after an upload, read back through its own client."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
-from stillhouse.errors import ConfigError, TrackingError
+from stillhouse.errors import TrackingError
 from stillhouse.storage.events import EventLog
 from stillhouse.storage.layout import RunFolder
-from stillhouse.storage.tracking.tracker import Tracker, default_uri
+from stillhouse.storage.tracking.database import default_uri
+from stillhouse.storage.tracking.tracker import Tracker
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("mlflow_environment")]
 
@@ -245,7 +248,52 @@ def test_the_default_is_a_database_beside_the_runs(folder, monkeypatch, tmp_path
     assert run.info.artifact_uri.startswith(f"file://{tmp_path}/runs/mlartifacts/")
 
 
-@pytest.mark.parametrize("uri", ["./mlruns", "file:///mlruns", "sqlite:///relative.db"])
-def test_a_place_that_mlflow_would_refuse_is_refused_first(folder: RunFolder, uri: str) -> None:
-    with pytest.raises(ConfigError, match="expected sqlite:///<absolute path>"):
-        Tracker(folder, EventLog(folder), uri, "e", "r")
+def test_how_a_run_and_its_stage_ended_is_read_back(folder, mlflow_server, client) -> None:
+    log = EventLog(folder)
+    log.emit("run_started", params={}, tags={})
+    log.emit("stage_started", "distill", key="k", params={})
+    log.emit("stage_finished", "distill", key="k", status="failed")
+    log.emit("run_finished", status="killed", metrics={})
+    Tracker(folder, log, mlflow_server.uri, "stopped", "r").flush()
+    runs = client.search_runs([client.get_experiment_by_name("stopped").experiment_id])
+    assert {run.info.run_name: run.info.status for run in runs} == {
+        "r": "KILLED",
+        "distill": "FAILED",
+    }
+
+
+def test_two_runs_may_make_the_database_at_once(tmp_path) -> None:
+    script = """
+import sys
+from pathlib import Path
+from stillhouse.storage.events import EventLog
+from stillhouse.storage.layout import RunFolder
+from stillhouse.storage.tracking.database import default_uri
+from stillhouse.storage.tracking.tracker import Tracker
+import mlflow.store.tracking.sqlalchemy_store
+root, name = Path(sys.argv[1]), sys.argv[2]
+log = EventLog(RunFolder(root / name))
+log.emit("run_started", params={}, tags={})
+print("ready", flush=True)
+sys.stdin.read(1)
+assert Tracker(RunFolder(root / name), log, default_uri(root), "both", name).flush() == 1
+"""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path), name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for name in ("one", "two")
+    ]
+    for process in processes:
+        assert process.stdout.readline() == b"ready\n"
+    for process in processes:
+        process.stdin.write(b"g")
+        process.stdin.flush()
+    for process in processes:
+        assert (process.communicate()[1][-2000:], process.returncode) == (b"", 0)
+    client = MlflowClient(default_uri(tmp_path))
+    runs = client.search_runs([client.get_experiment_by_name("both").experiment_id])
+    assert sorted(run.info.run_name for run in runs) == ["one", "two"]

@@ -1,9 +1,14 @@
 """Small models with full and sliding layers, and what a test of their cache feeds them."""
 
+import copy
+import dataclasses
+import math
 from typing import Any
 
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+
+from stillhouse.workers.models.language_model import LanguageModel
 
 VOCABULARY, WINDOW, HEADS, HEAD_DIM = 50, 8, 2, 16
 SIZES: dict[str, Any] = {
@@ -55,3 +60,11 @@ def step_logits(model, ids, cache, pieces):
 def random_kv(batch, length, seed=0):
     shape = (batch, HEADS, length, HEAD_DIM)
     return torch.randn(2, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def with_nan_embedding(lm: LanguageModel, letter: str) -> LanguageModel:
+    """A copy that gives no number once it has read the letter."""
+    broken: Any = copy.deepcopy(lm.model)
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[lm.encode_response(letter)] = math.nan
+    return dataclasses.replace(lm, model=broken)

@@ -18,6 +18,7 @@ from stillhouse.workers.divergence import (
 from stillhouse.workers.evaluation import exact_match
 from stillhouse.workers.protocols import CacheMeasure, Failed, Pair
 from stillhouse.workers.scorer import response_logps
+from tests.workers.cache_models import with_nan_embedding
 
 EIGHT_BITS = CompressConfig(key_bits=8, value_bits=8)
 TWO_BITS = CompressConfig(key_bits=2, value_bits=2)
@@ -135,9 +136,7 @@ def test_a_divergence_that_is_no_number_fails_its_text(llama, part, factor, foun
 
 
 def test_a_text_that_gives_no_number_leaves_the_others(llama):
-    broken = replace(llama, model=copy.deepcopy(llama.model))
-    with torch.no_grad():
-        broken.model.model.embed_tokens.weight[llama.encode_response("x")] = math.nan
+    broken = with_nan_embedding(llama, "x")
     measures, size = measure_cache(broken, ["good text", "good"], EIGHT_BITS)
     assert [type(one) for one in measures] == [Failed, CacheMeasure]
     assert (measures[1:], size) == measure_cache(llama, ["good"], EIGHT_BITS)

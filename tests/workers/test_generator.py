@@ -4,8 +4,11 @@ import pytest
 import torch
 from transformers.utils import logging
 
+from stillhouse.configs.stages import CompressConfig
+from stillhouse.workers.divergence import compressed_cache_factory
 from stillhouse.workers.generator import generate
 from stillhouse.workers.protocols import Completion, Decoding, Failed
+from tests.workers.cache_models import with_nan_embedding
 
 PROMPTS = ["a", "the second prompt", "b c", "x" * 30, "", "ä€"]
 
@@ -138,3 +141,13 @@ def test_only_the_last_position_of_a_prompt_is_projected(lm):
     finally:
         hook.remove()
     assert set(widths) == {1}
+
+
+def test_a_prompt_that_the_compressed_cache_cannot_hold_fails_alone(llama):
+    broken = with_nan_embedding(llama, "x")
+    how = Decoding(max_new_tokens=4, batch_size=4)
+    cache = compressed_cache_factory(llama, CompressConfig())
+    [first, failed, last] = generate(broken, ["good", "bad x", "also"], how, cache)
+    assert isinstance(failed, Failed)
+    assert failed.reason.startswith("not_finite: expected finite vectors")
+    assert [first, last] == generate(llama, ["good", "also"], how, cache)

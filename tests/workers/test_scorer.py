@@ -5,11 +5,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stillhouse.configs.stages import LoraConfig
+from stillhouse.configs.stages import CompressConfig, LoraConfig
 from stillhouse.workers.adapter_training import adapter_parameters, put_adapter
+from stillhouse.workers.divergence import compressed_cache_factory
 from stillhouse.workers.models.language_model import load
 from stillhouse.workers.protocols import Failed, ModelSpec, Pair, PairLogp, ResponseLogp
 from stillhouse.workers.scorer import pair_logps, response_logps
+from tests.workers.cache_models import with_nan_embedding
 
 PAIRS = [
     Pair("Q: a\nA:", " yes"),
@@ -153,3 +155,13 @@ def test_a_failure_of_either_side_is_the_pairs(specialist):
     made = pair_logps(specialist, specialist, [Pair("a", ""), PAIRS[0]], batch_size=2)
     assert isinstance(made[0], Failed)
     assert isinstance(made[1], PairLogp)
+
+
+def test_a_pair_that_the_compressed_cache_cannot_hold_fails_alone(llama):
+    broken = with_nan_embedding(llama, "x")
+    pairs = [Pair("good", " a"), Pair("bad x", " b"), Pair("also", " c")]
+    cache = compressed_cache_factory(llama, CompressConfig())
+    [first, failed, last] = response_logps(broken, pairs, 4, cache)
+    assert isinstance(failed, Failed)
+    assert failed.reason.startswith("not_finite: expected finite vectors")
+    assert [first, last] == [response_logps(llama, [pair], 1, cache)[0] for pair in pairs[::2]]

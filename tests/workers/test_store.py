@@ -211,8 +211,11 @@ def test_pickled_weights_are_refused(tmp_path):
         ModelStore(tmp_path).folder(str(folder))
 
 
-def test_foreign_code_is_refused(tmp_path):
-    config = {"model_type": "odd", "auto_map": {"AutoModelForCausalLM": "modeling_odd.Odd"}}
+@pytest.mark.parametrize(
+    "auto_map", [{"AutoModelForCausalLM": "modeling_odd.Odd"}, ["modeling_odd.Odd"]]
+)
+def test_foreign_code_is_refused(tmp_path, auto_map):
+    config = {"model_type": "odd", "auto_map": auto_map}
     folder = local_model(tmp_path, config, model__safetensors="weights")
     with pytest.raises(ModelError, match=r"auto_map.*modeling_odd.Odd.*never trusts remote code"):
         ModelStore(tmp_path).folder(str(folder))
@@ -224,6 +227,14 @@ def test_a_missing_shard_is_named(tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "model-1.safetensors").touch()
     with pytest.raises(ModelError, match=r"1 missing, the first model-2.safetensors"):
+        ModelStore(tmp_path).folder(str(folder))
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": ["model-1.safetensors"]}, {"weight_map": {}}])
+def test_an_index_without_its_map_is_refused(tmp_path, index):
+    folder = local_model(tmp_path)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=r"expected a weight_map of tensors to files in .*, found"):
         ModelStore(tmp_path).folder(str(folder))
 
 

@@ -17,7 +17,7 @@ def check_model_folder(folder: Path, name: str) -> None:
     if "auto_map" in config:
         raise ModelError(
             f"{name}: its config.json has auto_map, which runs Python code from the model's "
-            f"folder ({_foreign_code(config)}). Stillhouse never trusts remote code: use a model "
+            f"folder ({config['auto_map']}). Stillhouse never trusts remote code: use a model "
             f"whose architecture ({config.get('model_type')}) transformers has itself"
         )
     missing = missing_weights(folder)
@@ -30,7 +30,10 @@ def missing_weights(folder: Path) -> str | None:
     if (folder / WEIGHTS).is_file():
         return None
     if (folder / INDEX).is_file():
-        shards = set(read_json(folder / INDEX, str(folder)).get("weight_map", {}).values())
+        weight_map = read_json(folder / INDEX, str(folder)).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            return f"expected a weight_map of tensors to files in {INDEX}, found {weight_map!r:.60}"
+        shards = set(map(str, weight_map.values()))
         absent = sorted(shard for shard in shards if not (folder / shard).is_file())
         if not absent:
             return None
@@ -58,7 +61,3 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
-
-
-def _foreign_code(config: dict[str, Any]) -> str:
-    return ", ".join(sorted(str(value) for value in config["auto_map"].values()))
