@@ -231,24 +231,36 @@ class Stopper(Observer):
             raise self._error
 
 
+def stopped_at_distill(
+    line: Line, error: StillhouseError | KeyboardInterrupt
+) -> list[dict[str, Any]]:
+    tracking = TrackingObserver(line.recipe, Observer())
+    with pytest.raises(type(error)):
+        line.runner(Observers((tracking, Stopper("distill", error)))).run()
+    tracking.run_stopped(error)
+    return events(line)
+
+
 @pytest.mark.parametrize(
     ("error", "status"), [(TrainingError("loss is NaN"), "failed"), (KeyboardInterrupt(), "killed")]
 )
 def test_a_stopped_run_says_how_it_and_its_stage_ended(
     whole: Line, error: StillhouseError | KeyboardInterrupt, status: str
 ) -> None:
-    tracking = TrackingObserver(whole.recipe, Observer())
-    stopper = Stopper("distill", error)
-    with pytest.raises(type(error)):
-        whole.runner(Observers((tracking, stopper))).run()
-    tracking.run_stopped(error)
-    [stage, run] = events(whole)[-2:]
+    [stage, run] = stopped_at_distill(whole, error)[-2:]
     assert kinds([stage, run]) == ["stage_finished distill", "run_finished"]
     assert stage["data"]["status"] == run["data"]["status"] == status
     again = start(whole)
     assert kinds(again, "stage_started")[0] == "stage_started distill"
     assert again[-1]["data"]["status"] == "finished"
     assert start(whole) == []
+
+
+def test_a_failed_stage_that_was_finished_untracked_is_told_as_finished(whole: Line) -> None:
+    stopped_at_distill(whole, TrainingError("loss is NaN"))
+    whole.run()
+    [ended] = [e for e in start(whole) if e["kind"] == "stage_finished" and e["stage"] == "distill"]
+    assert ended["data"]["status"] == "finished"
 
 
 def test_a_student_that_fails_the_gate_is_registered_and_not_promoted(whole: Line) -> None:
