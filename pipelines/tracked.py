@@ -132,7 +132,6 @@ class TrackingObserver(Observer):
             stage, key = self._open
             self._log.emit("stage_finished", stage, key=key, status=status)
         self._log.emit("run_finished", status=status, metrics={})
-        self._console.note(f"run {self._recipe.name} stopped: {type(error).__name__}")
         self._upload()
 
     def _begin(self) -> None:
