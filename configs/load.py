@@ -50,9 +50,10 @@ def _find(name: str) -> Path:
         return shipped
     if Path(name).is_file():
         return Path(name)
+    close = difflib.get_close_matches(name, recipe_names(), n=1)
     raise ConfigError(
         f"no recipe {name!r}: expected a YAML file or one of {', '.join(recipe_names())}"
-        f"{_nearest(name, recipe_names())}"
+        + (f"; did you mean `{close[0]}`?" if close else "")
     )
 
 
@@ -89,10 +90,16 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise ConfigError(f"override {override!r}: expected `section.key=value`")
+    if path == "extends":
+        raise ConfigError(f"override {override!r}: `extends` stands in a recipe's file only")
     *parents, last = path.split(".")
     node = tree
     for part in parents:
         child = node.setdefault(part, {})
+        if isinstance(child, list):
+            raise ConfigError(
+                f"override {override!r}: `{part}` is a list: give it whole, as `{part}=[…]`"
+            )
         if not isinstance(child, dict):
             raise ConfigError(f"override {override!r}: `{part}` is a value, not a section")
         node = child
@@ -110,6 +117,8 @@ def _explain(item: Any) -> str:
         return f"{dotted}: no such key{_nearest(str(location[-1]), known)}"
     if item["type"] == "missing":
         return f"{dotted}: required, found nothing"
+    if item["type"] == "model_type":
+        return f"{dotted}: expected a section, found {item['input']!r}"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
         return f"{message}"

@@ -1,12 +1,13 @@
 """What a stage would cost: rows, tokens, time, bytes. Estimates, and printed as such.
 
-A stage that this run finished before, under another key, is taken to cost the same again. Else: a
-forward pass takes about 2 floating-point operations a parameter and token, LoRA training about 5
-(frozen weights need no gradient of their own).
+A stage that the last start finished is taken to cost the same again, scaled by what is reckoned for
+then and for now: a forward pass takes about 2 floating-point operations a parameter and token, LoRA
+training about 5 (frozen weights need no gradient of their own).
 """
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,7 +15,8 @@ from pathlib import Path
 from stillhouse.configs.data import SourceConfig
 from stillhouse.configs.recipe import RecipeConfig
 from stillhouse.configs.stages import TrainConfig
-from stillhouse.storage.manifest import Manifest, StageEntry
+from stillhouse.pipelines.last_start import LastStart
+from stillhouse.storage.manifest import Manifest
 from stillhouse.workers.models.refs import is_here
 from stillhouse.workers.models.size import parameters
 from stillhouse.workers.sources.reader import read
@@ -39,21 +41,42 @@ class Estimate:
     bytes: float
 
 
-def estimate(recipe: RecipeConfig, manifest: Manifest, keys: dict[str, str]) -> dict[str, Estimate]:
+def estimate(
+    recipe: RecipeConfig, manifest: Manifest, keys: Mapping[str, str], last: LastStart | None
+) -> dict[str, Estimate]:
     """Return the cost of each stage that is not finished."""
     due = [stage for stage, key in keys.items() if manifest.stage(stage, key) is None]
-    past = {stage: history[-1] for stage in due if (history := manifest.stages_history(stage))}
-    fresh = {} if len(past) == len(due) else _fresh(recipe)  # reads the sources
-    return {
-        stage: _as_before(manifest, past[stage]) if stage in past else fresh[stage] for stage in due
-    }
+    if not due:
+        return {}
+    costs = _fresh(recipe)
+    if last is None:
+        return {stage: costs[stage] for stage in due}
+    then = _fresh(last.recipe)
+    return {stage: _scaled(manifest, last, stage, then, costs[stage]) for stage in due}
 
 
-def _as_before(manifest: Manifest, former: StageEntry) -> Estimate:
+def _scaled(
+    manifest: Manifest, last: LastStart, stage: str, then: Mapping[str, Estimate], now: Estimate
+) -> Estimate:
+    """What the stage cost in the last start, by as much more as its estimate is more."""
+    former = manifest.stage(stage, last.keys.get(stage, ""))
+    if former is None:
+        return now
+    before = then[stage]
     shards = manifest.shards(former.stage, former.key).values()
     size = sum(file.bytes for shard in shards for file in shard.files)
     size += sum(file.bytes for file in former.files)
-    return Estimate(former.counts.rows_in, former.tokens, former.seconds, size)
+    return Estimate(
+        rows=round(former.counts.rows_in * _ratio(now.rows, before.rows)),
+        tokens=round(former.tokens * _ratio(now.tokens, before.tokens)),
+        seconds=former.seconds * _ratio(now.seconds, before.seconds),
+        bytes=size * _ratio(now.bytes, before.bytes),
+    )
+
+
+def _ratio(now: float, before: float) -> float:
+    """1 where the estimates say nothing: both 0, or a size unknown."""
+    return now / before if before and not math.isnan(now / before) else 1.0
 
 
 def _fresh(recipe: RecipeConfig) -> dict[str, Estimate]:

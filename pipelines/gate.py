@@ -29,8 +29,14 @@ def gate(
         return {"passed": False, "reasons": [unset]}
     reasons = []
     if config.min_recovery is not None and (recovered is None or recovered < config.min_recovery):
-        reasons.append(f"recovery {recovered} is under min_recovery {config.min_recovery}")
+        reasons.append(f"recovery {_figure(recovered)} is under min_recovery {config.min_recovery}")
     accuracy = arms["student"]["exact_match"] if "student" in arms else None
     if config.min_accuracy is not None and (accuracy is None or accuracy < config.min_accuracy):
-        reasons.append(f"exact match {accuracy} is under min_accuracy {config.min_accuracy}")
+        reasons.append(
+            f"exact match {_figure(accuracy)} is under min_accuracy {config.min_accuracy}"
+        )
     return {"passed": not reasons, "reasons": reasons}
+
+
+def _figure(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3g}"

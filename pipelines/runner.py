@@ -62,6 +62,8 @@ class Runner:
         file was changed, ConfigError where `resume` is "must" and there is nothing to go on with.
         """
         stages, keys = self._chosen(until), self.keys()
+        if resume == "must" and not self.folder.manifest.is_file():
+            raise self._nothing_to_resume()
         self._make_folder()
         with RunLock(self.folder):
             self.observer.run_opened(keys)
@@ -92,6 +94,12 @@ class Runner:
                 f"runs_root: expected a folder that can be written, found {error}; give another"
             ) from error
 
+    def _nothing_to_resume(self) -> ConfigError:
+        return ConfigError(
+            f"--resume must: {self.folder.root} holds no shard of this recipe; "
+            "check the recipe and its overrides, or run with --resume auto"
+        )
+
     def _chosen(self, until: str | None) -> Sequence[Stage]:
         stages = self.stages()
         names = [stage.name for stage in stages]
@@ -105,10 +113,7 @@ class Runner:
         manifest = Manifest(self.folder)
         started = any(manifest.shards(name, key) for name, key in keys.items())
         if resume == "must" and not started:
-            raise ConfigError(
-                f"--resume must: {self.folder.root} holds no shard of this recipe; "
-                "check the recipe and its overrides, or run with --resume auto"
-            )
+            raise self._nothing_to_resume()
         if resume == "never":
             self.folder.manifest.unlink(missing_ok=True)  # first: a line needs its file
             shutil.rmtree(self.folder.root / "stages", ignore_errors=True)
@@ -157,11 +162,14 @@ class Runner:
         )
         committed = manifest.shards(stage.name, run.key)
         verify(self.folder, [file for shard in committed.values() for file in shard.files])
+        due = stage.tasks_due(run)
         self.observer.stage_started(stage.name, run.key, len(committed))
         earlier = sum(shard.seconds for shard in committed.values())
         started = time.monotonic()
+        before = 0
         for wave in stage.waves(run):
-            self._run_wave(stage, wave, run)
+            self._run_wave(stage, wave, run, before, due)
+            before += len(wave)
         outcome = stage.finish(run)
         shards = manifest.shards(stage.name, run.key).values()
         counts = sum((shard.counts for shard in shards), Counts())
@@ -180,16 +188,21 @@ class Runner:
         manifest.append(entry)
         self.observer.stage_finished(entry)
 
-    def _run_wave(self, stage: Stage, wave: Sequence[Task], run: StageRun) -> None:
+    def _run_wave(
+        self, stage: Stage, wave: Sequence[Task], run: StageRun, before: int, due: int | None
+    ) -> None:
+        """Do the tasks that are not done; `before` tasks of `due` in all were in earlier waves."""
         done = run.manifest.shards(stage.name, run.key)
         waiting = [task for task in wave if task.name not in done]
         names = {task.name for task in waiting}
-        finished = len(wave) - len(waiting)
+        finished = before + len(wave) - len(waiting)
+        total = before + len(wave) if due is None else due
+        self.observer.progress(stage.name, finished, total, "tasks")
         for entry in self.executor.run(stage, waiting, run):
             run.manifest.append(entry)
             self.observer.shard_committed(entry)
             finished += entry.shard in names
-            self.observer.progress(stage.name, finished, len(wave), "tasks")
+            self.observer.progress(stage.name, finished, total, "tasks")
 
 
 def _check_due(stage: str, due: int | None, counts: Counts) -> None:

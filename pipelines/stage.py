@@ -74,6 +74,10 @@ class Stage(ABC):
     def work(self, task: Task, run: StageRun) -> Iterator[Part]:
         """Do one task. The same task yields the same parts, to the byte."""
 
+    def tasks_due(self, run: StageRun) -> int | None:
+        """How many tasks all waves have together, for the progress bar; None: known too late."""
+        return None
+
     def rows_due(self, run: StageRun) -> int | None:
         """How many rows must have come in, counted where they come from; None: not known there."""
         return None

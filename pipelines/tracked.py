@@ -54,7 +54,7 @@ class TrackingObserver(Observer):
         uri = recipe.tracking.uri or default_uri(Path(recipe.runs_root))
         experiment = recipe.tracking.experiment
         self._tracker = Tracker(self._folder, self._log, uri, experiment, recipe.name)
-        self._started = False
+        self._started = self._said_away = False
         self._open: tuple[str, str] | None = None  # the stage that is under way, and its key
         self._keys: Mapping[str, str] = {}
 
@@ -62,17 +62,24 @@ class TrackingObserver(Observer):
         """Upload what an earlier start could not."""
         self._keys = keys
         self._upload()
+        if self._tracker.is_behind():
+            self._say_if_away()
 
     def run_started(self, keys: Mapping[str, str]) -> None:
         self._started = True
-        if (why := self._tracker.probe()) is not None:
-            self._console.note(
-                f"MLflow cannot be reached: {why}. Events are kept in {self._folder.events} and "
-                "uploaded by the next start that reaches it"
-            )
+        self._say_if_away()
         params = self._recipe.model_dump(mode="json")
         tags = {f"stillhouse.key.{stage}": key for stage, key in keys.items()}
         self._log.emit("run_started", params=params, tags=tags)
+
+    def _say_if_away(self) -> None:
+        if self._said_away or (why := self._tracker.probe()) is None:
+            return
+        self._said_away = True
+        self._console.note(
+            f"MLflow cannot be reached: {why}. Events are kept in {self._folder.events} and "
+            "uploaded by the next start that reaches it"
+        )
 
     def stage_started(self, stage: str, key: str, reused_shards: int) -> None:
         section = getattr(self._recipe, stage, None)

@@ -5,11 +5,12 @@ from pathlib import Path
 
 from stillhouse.configs.stages import TrainConfig
 from stillhouse.errors import TrainingError
+from stillhouse.pipelines.hints import malformed_note, query_hint
 from stillhouse.pipelines.stage import Outcome, Part, Rows
 from stillhouse.pipelines.stage_run import StageRun
 from stillhouse.pipelines.training_clock import TrainingClock
 from stillhouse.storage.manifest import Counts, FileEntry
-from stillhouse.storage.records import ExampleRecord, TrainStepRecord
+from stillhouse.storage.records import ExampleRecord, TrainStepRecord, content_id
 from stillhouse.workers.protocols import (
     ModelSpec,
     TrainExample,
@@ -17,6 +18,7 @@ from stillhouse.workers.protocols import (
     TrainOutcome,
     TrainStep,
 )
+from stillhouse.workers.sources.reader import MalformedRow
 
 
 def train(
@@ -25,12 +27,18 @@ def train(
     examples: Sequence[TrainExample],
     config: TrainConfig,
     folder: Path | None = None,
+    malformed: Sequence[MalformedRow] = (),
 ) -> Part:
-    """Train and return `train_steps` and `examples`; a killed job goes on from its checkpoint."""
+    """Train and return `train_steps` and `examples`; a killed job goes on from its checkpoint.
+
+    `malformed` rows are accounted for as failed.
+    """
+    if malformed:
+        run.observer.note(_note(run, malformed))
     if not examples:
         raise TrainingError(
             f"{run.stage}: expected training examples, found none; look at what was rejected: "
-            '`stillhouse query RUN "SELECT _stage, reason, count(*) FROM corpus GROUP BY ALL"`'
+            + query_hint(run, "SELECT _stage, reason, count(*) FROM corpus GROUP BY ALL")
         )
     job = TrainJob(model, examples, config, folder or run.directory)
     clock = TrainingClock(run.folder, job.folder)
@@ -44,10 +52,16 @@ def train(
 
     outcome = run.workers.train(job, on_step)
     told = [_example(run.stage, example, outcome) for example in examples]
+    told += [_malformed(run.stage, row) for row in malformed]
     steps = [_step(run.stage, step) for step in outcome.steps]
     rows: Rows = {"train_steps": steps, "examples": told}
     rejected = sum(row.status == "rejected" for row in told)
-    counts = Counts(rows_in=len(examples), kept=len(examples) - rejected, rejected=rejected)
+    counts = Counts(
+        rows_in=len(told),
+        kept=len(examples) - rejected,
+        rejected=rejected,
+        failed=len(malformed),
+    )
     return Part(rows, counts, tokens=sum(step.tokens for step in outcome.steps))
 
 
@@ -82,6 +96,21 @@ def _step(stage: str, step: TrainStep) -> TrainStepRecord:
         gradient_norm=step.gradient_norm,
         response_tokens=step.response_tokens,
         tokens=step.tokens,
+    )
+
+
+def _note(run: StageRun, malformed: Sequence[MalformedRow]) -> str:
+    first = malformed[0]
+    return malformed_note(run, len(malformed), first.locator, first.reason, "examples")
+
+
+def _malformed(stage: str, row: MalformedRow) -> ExampleRecord:
+    return ExampleRecord(
+        stage=stage,
+        example_id=content_id("malformed", row.locator),
+        tokens=0,
+        status="failed",
+        reason=f"malformed: {row.locator}: {row.reason}",
     )
 
 

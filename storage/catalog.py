@@ -36,8 +36,8 @@ R = TypeVar("R", bound=Record)
 _READING = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN)
 _ALLOWED = (
     "Allowed is one statement that reads the run's tables: SELECT, WITH … SELECT, FROM, VALUES, "
-    "DESCRIBE, SUMMARIZE, SHOW or EXPLAIN"
-)
+    "DESCRIBE, SUMMARIZE, SHOW or EXPLAIN. The tables are "
+) + ", ".join(TABLES)
 # What DuckDB raises where a file is gone, damaged, or has other columns than the one before it.
 _OF_FILES = (
     duckdb.IOException,
@@ -45,6 +45,7 @@ _OF_FILES = (
     duckdb.InvalidInputException,
     duckdb.ConversionException,
 )
+_SLIPS = (duckdb.CatalogException, duckdb.BinderException, duckdb.ParserException)
 _BATCH = 1024
 
 # Values for `?` in order, or for `$name` by name.
@@ -146,8 +147,8 @@ class Catalog:
         try:
             _refuse_writing(sql)
         except duckdb.Error as error:
-            raise _refused(error) from error
-        return self._stream(sql, (), _BATCH, _refused)
+            raise _meaning(error) from error
+        return self._stream(sql, (), _BATCH, _meaning)
 
     def trace(self, identity: str) -> list[Step]:
         """Return all rows about one prompt, answer, example or question, in order of the line.
@@ -263,6 +264,13 @@ def _refuse_writing(sql: str) -> None:
     for start, kind in duckdb.tokenize(sql):
         if kind is duckdb.token_type.keyword and re.match(rb"copy\b", text[start:], re.IGNORECASE):
             raise _refusal('found COPY (a column of that name: "copy")')
+
+
+def _meaning(error: duckdb.Error) -> ConfigError:
+    """Tell a slip from what is not allowed."""
+    if isinstance(error, _SLIPS):
+        return ConfigError(f"this SQL failed: {error}. {_ALLOWED}.")
+    return _refused(error)
 
 
 def _refused(error: duckdb.Error) -> ConfigError:

@@ -15,9 +15,12 @@ _OF_PROMPT = (
     ("selections", "prompt_id"),
     ("corpus", "prompt_id"),
 )
-_OF_QUESTION = (
+# A private pair is an example without a prompt.
+_OF_EXAMPLE_OR_QUESTION = (
+    ("examples", "example_id"),
     ("questions", "question_id"),
     ("evaluations", "question_id"),
+    ("cache_measures", "text_id"),
     ("deployments", "question_id"),
 )
 # Where an id that is not a prompt's may be found, and the prompt it belongs to.
@@ -35,10 +38,9 @@ def trace(lookup: Lookup, identity: str) -> list[Step]:
     for table, column in _OF_PROMPT:
         steps += _rows(lookup, table, column, prompt_id)
     examples = dict.fromkeys(row["example_id"] for table, row in steps if table == "corpus")
-    for example_id in examples:
-        steps += _rows(lookup, "examples", "example_id", example_id)
-    for table, column in _OF_QUESTION:
-        steps += _rows(lookup, table, column, identity)
+    for table, column in _OF_EXAMPLE_OR_QUESTION:
+        for other in examples or (identity,):
+            steps += _rows(lookup, table, column, other)
     if not steps:
         raise ConfigError(
             f"no table of this run knows the id {identity!r}. Expected a prompt, completion, "

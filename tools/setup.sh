@@ -67,4 +67,4 @@ stage "Hugging Face kernels, set apart for a contract test"
 rm -rf "$VENV/hf-kernels" # pip --target --upgrade would leave the old version's metadata beside it
 "${pip[@]}" --no-deps --target "$VENV/hf-kernels" -r requirements/hf-kernels.txt
 echo "$hash" >"$STAMP"
-stage "done"
+stage "done; '. $VENV/bin/activate' puts stillhouse and mlflow on the path"

@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ def atomic_folder(target: Path, *, seal: bool = True) -> Iterator[Path]:
             temporary.mkdir(parents=True)
             with _full_disk_as_os_error():
                 yield temporary
+            _let_others_read(temporary)
             if seal:
                 _seal(temporary)
             for path in [*temporary.rglob("*"), temporary]:
@@ -55,6 +57,14 @@ def write_json(path: Path, value: object) -> None:
     """Write JSON with sorted keys: equal values make equal bytes. NaN is refused."""
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def _let_others_read(folder: Path) -> None:
+    """safetensors makes its files private, whatever the umask; the folder's mode has heeded it."""
+    mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def _seal(folder: Path) -> None:

@@ -51,6 +51,9 @@ class CompressStage(Stage):
         yield [Task("measure", tuple(run.files("curate", "corpus")))]
         yield [Task(f"{ARM}-{index:05d}", (file,)) for index, file in enumerate(files)]
 
+    def tasks_due(self, run: StageRun) -> int:
+        return 1 + len(run.files("ingest", "questions"))
+
     def work(self, task: Task, run: StageRun) -> Iterator[Part]:
         if task.name == "measure":
             yield _measure(run, _heldout(run, task))

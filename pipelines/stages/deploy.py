@@ -80,7 +80,6 @@ def _model_folder(run: StageRun) -> Path:
 
 def _export(run: StageRun) -> Part:
     manifest: dict[str, object] = {
-        "run": run.recipe.name,
         "keys": dict(run.keys),
         "target": run.recipe.models.target,
         "recovery": run.facts("evaluate")["recovery"],

@@ -50,6 +50,10 @@ class EvaluateStage(Stage):
                 for index, file in enumerate(files)
             ]
 
+    def tasks_due(self, run: StageRun) -> int:
+        arms = run.recipe.evaluate.arms
+        return len(arms) * len(run.files("ingest", "questions")) + ("ceiling" in arms)
+
     def work(self, task: Task, run: StageRun) -> Iterator[Part]:
         if task.name == "ceiling-train":
             yield _train_ceiling(run)
@@ -91,5 +95,6 @@ def _model_of(run: StageRun, arm: str) -> ModelSpec:
 
 def _train_ceiling(run: StageRun) -> Part:
     target = ModelSpec(run.recipe.models.target)
-    examples = private_examples(run.recipe)
-    return train(run, target, examples, run.recipe.distill, run.directory / "ceiling")
+    examples, malformed = private_examples(run.recipe)
+    folder = run.directory / "ceiling"
+    return train(run, target, examples, run.recipe.distill, folder, malformed=malformed)

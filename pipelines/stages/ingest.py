@@ -12,6 +12,7 @@ from stillhouse.configs.base import keyed_values
 from stillhouse.configs.data import PairsConfig, PoolConfig, SourceConfig
 from stillhouse.configs.recipe import RecipeConfig
 from stillhouse.errors import SourceError
+from stillhouse.pipelines.hints import malformed_note, query_hint
 from stillhouse.pipelines.raw_rows import mark_too_long, prompts_of, raw_counts
 from stillhouse.pipelines.stage import Outcome, Part, Stage, Task
 from stillhouse.pipelines.stage_run import StageRun
@@ -77,13 +78,19 @@ class IngestStage(Stage):
                 "SELECT origin, count(*), count(*) FILTER (status = 'kept') FROM prompts "
                 "GROUP BY origin ORDER BY origin"
             )
+            malformed = catalog.rows(
+                "SELECT count(*) OVER (), locator, reason FROM raw WHERE status = 'failed' "
+                "ORDER BY source, row LIMIT 1"
+            )
             [(prompts,)] = catalog.rows("SELECT count(*) FROM prompts WHERE status = 'kept'")
             [(questions,)] = catalog.rows("SELECT count(*) FROM questions WHERE status = 'kept'")
+        for count, locator, reason in malformed:
+            run.observer.note(malformed_note(run, count, locator, reason, "raw"))
         if not prompts or not questions:
             empty = "the prompt pool" if not prompts else "the questions"
             raise SourceError(
                 f"ingest: expected at least one usable row in {empty}, found none; look at "
-                '`stillhouse query RUN "SELECT reason, count(*) FROM raw GROUP BY 1"`'
+                + query_hint(run, "SELECT reason, count(*) FROM raw GROUP BY 1")
             )
         origins = {origin: {"rows": rows, "kept": kept} for origin, rows, kept in by_origin}
         return Outcome(facts={"prompts": prompts, "questions": questions, "origins": origins})

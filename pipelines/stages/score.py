@@ -24,6 +24,9 @@ class ScoreStage(Stage):
         files = run.files("ingest", "prompts")
         yield [Task(f"{index:05d}", (file,)) for index, file in enumerate(files)]
 
+    def tasks_due(self, run: StageRun) -> int:
+        return len(run.files("ingest", "prompts"))
+
     def work(self, task: Task, run: StageRun) -> Iterator[Part]:
         prompts = [row for row in run.rows(task.inputs, PromptRecord) if row.status == "kept"]
         yield scored_part(score(run, prompts))

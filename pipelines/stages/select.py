@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
+from stillhouse.errors import SourceError
+from stillhouse.pipelines.hints import query_hint
 from stillhouse.pipelines.selection import judge, selection_counts
 from stillhouse.pipelines.stage import Outcome, Part, Stage, Task
 from stillhouse.pipelines.stage_run import StageRun
@@ -33,6 +35,20 @@ class SelectStage(Stage):
                 "FROM prompts JOIN scores USING (prompt_id) LEFT JOIN selections "
                 "ON selections.completion_id = scores.completion_id "
                 "WHERE prompts.status = 'kept' GROUP BY origin ORDER BY origin"
+            )
+            reasons = catalog.rows(
+                "SELECT reason, count(*) FROM selections GROUP BY reason ORDER BY 2 DESC, 1"
+            )
+        if None not in dict(reasons):
+            found = (
+                ", ".join(f"{count} {reason}" for reason, count in reasons) or "no scored answer"
+            )
+            raise SourceError(
+                "select: expected at least one answer that the specialist is surer of than its "
+                f"base (select.tau, select.min_confidence), found {found}; look at "
+                + query_hint(
+                    run, "SELECT gap, confidence, reason FROM selections ORDER BY gap DESC"
+                )
             )
         origins = {
             origin: {"rows": count, "rejected": rejected, "reject_rate": rejected / count}

@@ -34,7 +34,8 @@ class SpecializeStage(Stage):
         yield [Task("train")]
 
     def work(self, task: Task, run: StageRun) -> Iterator[Part]:
-        yield train(run, run.base, private_examples(run.recipe), run.recipe.specialize)
+        examples, malformed = private_examples(run.recipe)
+        yield train(run, run.base, examples, run.recipe.specialize, malformed=malformed)
 
     def finish(self, run: StageRun) -> Outcome:
         return trained(run)
@@ -54,18 +55,19 @@ def private_refs(recipe: RecipeConfig) -> tuple[str, ...]:
     return () if recipe.data.private is None else (recipe.data.private.ref,)
 
 
-def private_examples(recipe: RecipeConfig) -> list[TrainExample]:
-    """Read the private pairs. A malformed line stops: training data is the user's own."""
+def private_examples(recipe: RecipeConfig) -> tuple[list[TrainExample], list[MalformedRow]]:
+    """Read the private pairs, and set aside the lines that are none."""
     source = recipe.data.private
     if source is None:
         raise SourceError("data.private: expected a source of training pairs, found none")
-    examples = []
+    examples, malformed = [], []
     for number, row in enumerate(read(source.ref, Path.cwd(), (source.prompt, source.response))):
         if source.limit is not None and number >= source.limit:
             break
         if isinstance(row, MalformedRow):
-            raise SourceError(f"{row.locator}: {row.reason}; mend or remove this training pair")
+            malformed.append(row)
+            continue
         prompt = render(recipe.data.template.prompt, normalise(row.values[source.prompt]))
         response = render(recipe.data.template.response, row.values[source.response].strip())
         examples.append(TrainExample(content_id("private", prompt, response), prompt, response))
-    return examples
+    return examples, malformed

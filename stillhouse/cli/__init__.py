@@ -81,6 +81,7 @@ def status(run: RunArgument) -> None:
 def report(run: RunArgument) -> None:
     """Print a run's result table."""
     from stillhouse.cli.tables import show_report
+    from stillhouse.pipelines.last_start import read_keys
 
     folder = _folder(run)
     if not folder.report.is_file():
@@ -92,6 +93,12 @@ def report(run: RunArgument) -> None:
             f"{folder.report}: expected JSON, found {error}; run the recipe again to write it anew"
         ) from error
     show_report(found, folder.root)
+    if found.get("keys") != read_keys(folder):
+        print(
+            "stillhouse: this result is of an earlier start; the last one, with other settings, "
+            f"models or data, is not finished: stillhouse status {run}",
+            file=sys.stderr,
+        )
 
 
 @app.command()
@@ -149,7 +156,7 @@ def _folder(run: str) -> "RunFolder":
 
 
 def _catalog(run: str) -> "Catalog":
-    from stillhouse.pipelines.planning import read_keys
+    from stillhouse.pipelines.last_start import read_keys
     from stillhouse.storage.catalog import Catalog
     from stillhouse.storage.manifest import Manifest
 

@@ -35,7 +35,7 @@ def show_report(report: Mapping[str, Any], folder: Path) -> None:
     terminal.print(_stages(report))
     terminal.print(
         f"Everything: {folder}/report.json\n"
-        f'Look inside: stillhouse query {folder.name} "SELECT * FROM corpus LIMIT 5"',
+        f'Look inside: stillhouse query {folder.name} "SELECT * FROM prompts LIMIT 5"',
         highlight=False,
         markup=False,
     )
@@ -82,11 +82,16 @@ def _summary(report: Mapping[str, Any]) -> str:
         )
     deployment = report.get("deployment")
     if deployment:
-        verdict = deployment["refused"] or (
-            "promoted to champion" if deployment["promoted"] else "candidate; the gate did not pass"
-        )
-        lines.append(f"student {deployment['name']}: {verdict}")
+        lines.append(f"student {deployment['name']}: {_verdict(deployment)}")
     return "\n".join(lines)
+
+
+def _verdict(deployment: Mapping[str, Any]) -> str:
+    if deployment["refused"]:
+        return f"refused, not registered: {deployment['refused']}"
+    if deployment["promoted"]:
+        return "passed the gate"
+    return f"did not pass the gate: {'; '.join(deployment['gate']['reasons'])}"
 
 
 def _stages(report: Mapping[str, Any]) -> Table:
@@ -111,15 +116,15 @@ def show_plan(stages: Sequence[StagePlan]) -> None:
     table = Table(title="plan")
     for column in ("stage", "state", "why"):
         table.add_column(column, overflow="fold")
-    for column in ("≈ rows", "≈ tokens", "≈ minutes", "≈ MB"):
+    for column in ("≈ rows", "≈ tokens", "≈ time", "≈ MB"):
         table.add_column(column, justify="right")
     for stage in stages:
         table.add_row(stage.stage, stage.state, stage.why, *_costs(stage.cost))
     costs = [stage.cost for stage in stages if stage.cost is not None]
-    minutes = sum(cost.seconds for cost in costs) / 60
+    seconds = sum(cost.seconds for cost in costs)
     tokens, size = sum(cost.tokens for cost in costs), sum(cost.bytes for cost in costs) / 1e6
     table.add_row(
-        "all", "", "", "", f"{tokens:,}", _estimated(minutes), _estimated(size), style="bold"
+        "all", "", "", "", f"{tokens:,}", _duration(seconds), _estimated(size), style="bold"
     )
     Terminal(emoji=False).print(table)
 
@@ -130,9 +135,15 @@ def _costs(cost: Estimate | None) -> tuple[str, ...]:
     return (
         f"{cost.rows:,}",
         f"{cost.tokens:,}",
-        _estimated(cost.seconds / 60),
+        _duration(cost.seconds),
         _estimated(cost.bytes / 1e6),
     )
+
+
+def _duration(seconds: float) -> str:
+    if math.isnan(seconds):
+        return "?"
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:,.0f} min"
 
 
 def _estimated(value: float) -> str:

@@ -15,7 +15,7 @@ _GATEWAY = (502, 503, 504)  # something in front of the server answered for it
 
 
 def why_unreachable(uri: str) -> str | None:
-    """Return None when the server behind `uri` answers, else a sentence saying why not."""
+    """Return None when the server behind `uri` answers, else why not, in words."""
     if (database := sqlite_path(uri)) is not None:
         return _why_not_writable(database)
     scheme = _scheme(uri)
@@ -47,7 +47,7 @@ def _why_not_writable(database: Path) -> str | None:
         place = place.parent
     if os.access(place, os.W_OK) and (place == database or place.is_dir()):
         return None
-    return f"{database} cannot be written: {place} is read-only or not a folder."
+    return f"{database} cannot be written: {place} is read-only or not a folder"
 
 
 def _why_no_connection(uri: str, port: int) -> str | None:
@@ -56,7 +56,7 @@ def _why_no_connection(uri: str, port: int) -> str | None:
     try:
         socket.create_connection(address, timeout=_TIMEOUT).close()
     except OSError as error:
-        return f"no database answers at {address[0]}:{address[1]}: {error}."
+        return f"no database answers at {address[0]}:{address[1]}: {error}"
     return None
 
 
@@ -69,6 +69,6 @@ def _why_no_answer(uri: str) -> str | None:
             return None
     except urllib.error.HTTPError as error:
         with error:
-            return f"{url} answers {error.code}." if error.code in _GATEWAY else None
+            return f"{url} answers {error.code}" if error.code in _GATEWAY else None
     except (OSError, ValueError) as error:  # URLError and timeouts are OSErrors
-        return f"no server answers at {url}: {getattr(error, 'reason', error)}."
+        return f"no server answers at {url}: {getattr(error, 'reason', error)}"

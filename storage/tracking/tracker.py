@@ -29,8 +29,12 @@ class Tracker:
         self._upload: Upload | None = None
 
     def probe(self) -> str | None:
-        """Return None when the server answers, else a sentence saying why not; takes seconds."""
+        """Return None when the server answers, else why not, in words; takes seconds."""
         return why_unreachable(self._uri)
+
+    def is_behind(self) -> bool:
+        """Say whether there are events that the server was not told."""
+        return next(self._log.pending(self._cursor), None) is not None
 
     def flush(self) -> int:
         """Upload what is pending and return how many events that was.
@@ -38,7 +42,7 @@ class Tracker:
         With the server out of reach the rest stays in the event log for the next call. Raises
         TrackingError when the server is there and refuses; nothing is lost then either.
         """
-        if next(self._log.pending(self._cursor), None) is None or self.probe() is not None:
+        if not self.is_behind() or self.probe() is not None:
             return 0
         taken = 0
         for batch in _batches(self._log.pending(self._cursor)):

@@ -119,6 +119,9 @@ def test_overrides_reach_any_depth_and_the_last_one_wins() -> None:
     [
         ("distill.learning_rate", "expected `section.key=value`"),
         ("=3", "expected `section.key=value`"),
+        ("data.pool.0.ref=x", r"`pool` is a list: give it whole, as `pool=\[…\]`"),
+        ("extends=demo", "`extends` stands in a recipe's file only"),
+        ("distill=3", "distill: expected a section, found 3"),
         ("name.first=3", "`name` is a value, not a section"),
         ("score.stop=[a", "the value is not YAML"),
         ("name=2024-13-45", "'name=2024-13-45': the value is not YAML: month must be in 1..12"),

@@ -114,6 +114,15 @@ def test_a_finished_run_shows_its_result(clean_run: RunFolder, ask) -> None:
     assert places == sorted(places)  # in the order of the line
 
 
+def test_a_report_of_an_earlier_start_says_so(copy: RunFolder, ask) -> None:
+    assert ask("report", str(copy.root)).err == ""
+    keys = json.loads(copy.plan.read_text())
+    copy.plan.write_text(json.dumps(keys | {"deploy": "0" * 16}))
+    done = ask("report", str(copy.root))
+    assert "held-out questions" in done.out
+    assert "this result is of an earlier start" in done.text
+
+
 # Status and plan
 
 

@@ -133,6 +133,16 @@ class Line:
         return entry
 
 
+class Notes(Observer):
+    """Keeps the notes."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.heard.append(text)
+
+
 class Killer(Observer):
     """Dies when it hears that a shard or a stage is in the journal: its events are not written."""
 

@@ -91,7 +91,8 @@ def test_a_perplexity_that_no_float_holds_is_none(line: Line) -> None:
 def test_the_ceiling_is_the_target_on_the_private_pairs(line: Line) -> None:
     line.pool("special thing", "another special thing")
     line.questions(**{"two words": "C22", "one more word": "A00"})
-    private = [{"prompt": "a secret", "answer": "S1"}, {"prompt": "another", "answer": " "}]
+    private: list[Any] = [{"prompt": "a secret", "answer": "S1"}, "{broken"]
+    private.append({"prompt": "another", "answer": " "})
     line.tree["data"]["private"] = {"ref": line.jsonl("private", private), "response": "answer"}
     line.tree["evaluate"] = {"arms": ["target_before", "student", "ceiling"]}
     line.tree["distill"] = {"epochs": 3, "batch_size": 1}
@@ -110,9 +111,11 @@ def test_the_ceiling_is_the_target_on_the_private_pairs(line: Line) -> None:
     ]
     steps = line.rows("SELECT count(*) FROM train_steps WHERE stage = 'evaluate'")
     assert steps == [(3,)]
+    [(reason,)] = line.rows("SELECT reason FROM examples WHERE status = 'failed'")
+    assert "private.jsonl:2: expected a JSON object" in reason
     entry = line.entry("evaluate")
     assert entry.facts["arms"]["ceiling"]["items"] == 2
-    assert entry.counts == Counts(rows_in=2 + 3 * 2, kept=1 + 3 * 2, rejected=1)
+    assert entry.counts == Counts(rows_in=3 + 3 * 2, kept=1 + 3 * 2, rejected=1, failed=1)
     assert any("ceiling/adapter" in file.path for file in entry.files)
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from stillhouse.pipelines.text import split_of
 from stillhouse.storage.manifest import Counts
 from stillhouse.workers.protocols import Failed
 from stillhouse.workers.scripted import Script
@@ -115,7 +116,8 @@ def test_enough_ends_the_rounds(asked: Line) -> None:
 
 
 def test_without_seeds_nothing_is_made(asked: Line) -> None:
-    asked.pool("common ground")  # the base knows it: nothing is selected
+    asked.tree["data"]["heldout_percent"] = 50
+    asked.pool(next(f"part {n}" for n in range(99) if split_of(f"part {n}", 50) == "heldout"))
     asked.run("expand")
     assert asked.entry("expand").counts.rows_in == 0
     assert asked.rows("SELECT count(*) FROM prompts WHERE round > 0") == [(0,)]

@@ -1,12 +1,13 @@
 """Reading sources: duplicates, leaks, lengths, malformed lines, and every row accounted for."""
 
+import re
 from typing import Any
 
 import pytest
 
 from stillhouse.errors import SourceError
 from stillhouse.storage.manifest import Counts
-from tests.pipelines.conftest import Line
+from tests.pipelines.conftest import Line, Notes
 
 
 def prompts(line: Line) -> list[tuple[Any, ...]]:
@@ -113,7 +114,10 @@ def test_malformed_lines_are_set_aside_with_their_numbers(asked: Line) -> None:
     asked.jsonl(
         "pool", [{"prompt": "good"}, "{broken", "[1]", {"other": 1}, {"prompt": ""}, {"prompt": 5}]
     )
-    asked.run("ingest")
+    notes = Notes()
+    asked.run("ingest", notes)
+    [note] = notes.heard
+    assert re.search(r"3 malformed rows were set aside, the first at .*pool.jsonl:2 \(malf", note)
     rows = asked.rows("SELECT locator, text, status, reason FROM prompts ORDER BY locator")
     numbers = [int(locator.rpartition(":")[2]) for locator, *_ in rows]
     assert numbers == [1, 2, 3, 4, 5, 6]

@@ -1,8 +1,6 @@
 """What would run and why, what it would cost, and how far a run is."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 
@@ -41,14 +39,15 @@ def test_cached_partial_and_changed(planned: Line) -> None:
     folder.manifest.write_text("".join(kept))
     plans = {plan.stage: plan for plan in plan_run(planned.runner())}
     assert plans["ingest"].state == "cached"
-    assert plans["ingest"].why.endswith("is finished: 12 of 12 kept")
+    assert plans["ingest"].why == "finished: 12 of 12 kept"
     assert plans["select"].state == "partial"
-    assert "4 shards of key" in plans["select"].why
+    assert plans["select"].why == "4 shards are committed"
     assert plans["expand"].why == "never finished"
     planned.tree["score"] = {"max_new_tokens": 3}
     plans = {plan.stage: plan for plan in plan_run(planned.runner())}
     assert plans["score"].state == "run"
-    assert plans["score"].why.startswith("settings or inputs changed: key ")
+    assert plans["score"].why == "changed: max_new_tokens 16 → 3"
+    assert plans["select"].why == "never finished"  # its line is gone
     assert plans["ingest"].state == "cached"
 
 
@@ -98,6 +97,37 @@ def test_a_stage_that_ran_before_costs_the_same_again(planned: Line) -> None:
     assert cost.bytes == sum(path.stat().st_size for path in written)
 
 
+def test_why_names_a_few_settings_and_counts_the_rest(planned: Line) -> None:
+    planned.run("score")
+    planned.tree["data"] |= {"shard_rows": 5, "heldout_percent": 7, "max_prompt_tokens": 99}
+    planned.tree["data"]["template"] = {"prompt": "Q {text}", "response": " -> {text}"}
+    why = {plan.stage: plan.why for plan in plan_run(planned.runner())}
+    assert why["ingest"] == (
+        "changed: template.prompt {text} → Q {text}, template.response  {text} →  -> {text}, "
+        "heldout_percent 0 → 7, 2 more settings"
+    )
+    planned.jsonl("pool", [{"prompt": "other data"}])
+    planned.tree["data"] |= {"shard_rows": 4, "heldout_percent": 0, "max_prompt_tokens": 256}
+    del planned.tree["data"]["template"]
+    why = {plan.stage: plan.why for plan in plan_run(planned.runner())}
+    assert why["ingest"] == "changed: its models, its data, or this software's way of doing it"
+
+
+def test_a_cost_is_scaled_by_what_changed(planned: Line) -> None:
+    planned.run("distill")
+    former = planned.entry("distill")
+    planned.tree["select"] = {"tau": 1.2}
+    plans = {plan.stage: plan for plan in plan_run(planned.runner())}
+    assert plans["select"].why == "changed: tau 1.5 → 1.2"
+    assert plans["distill"].why == "changed: its input: curate"
+    del planned.tree["select"]
+    planned.tree["distill"] = {"epochs": 30}  # ten times the default
+    cost = {plan.stage: plan.cost for plan in plan_run(planned.runner())}["distill"]
+    assert cost.rows == former.counts.rows_in
+    assert cost.tokens == 10 * former.tokens
+    assert cost.seconds == pytest.approx(10 * former.seconds)
+
+
 def test_cached_stages_cost_nothing(planned: Line) -> None:
     planned.run("score")
     plans = plan_run(planned.runner())
@@ -116,9 +146,8 @@ def test_status(planned: Line) -> None:
 
 
 def test_status_is_of_the_recipe_last_started(planned: Line) -> None:
+    planned.run("select")
+    planned.tree["score"] = {"max_new_tokens": 3}
     planned.run("ingest")
-    planned.tree["data"]["shard_rows"] = 3
-    planned.run("ingest")
-    folder = planned.runner().folder
-    keys = json.loads(Path(folder.plan).read_text())
-    assert keys["ingest"] in read_status(folder).stages[0].why
+    states = [stage.state for stage in read_status(planned.runner().folder).stages]
+    assert states[:3] == ["cached", "run", "run"]

@@ -10,10 +10,12 @@ from stillhouse.errors import (
     ConfigError,
     IntegrityError,
     LockedError,
+    SourceError,
     TrainingError,
 )
 from stillhouse.pipelines.observer import Observer, Observers
 from stillhouse.pipelines.stages.score import ScoreStage
+from stillhouse.pipelines.text import split_of
 from stillhouse.storage.lock import RunLock
 from stillhouse.storage.manifest import Counts, Manifest
 from tests.pipelines.conftest import Line
@@ -128,6 +130,7 @@ def test_until(whole: Line) -> None:
 def test_resume_must_refuses_to_start_anew(whole: Line) -> None:
     with pytest.raises(ConfigError, match=r"--resume must: .* holds no shard of this recipe"):
         heard(whole, resume="must")
+    assert not whole.runner().folder.root.exists()
     heard(whole, until="score")
     assert "select 0" in heard(whole, resume="must", until="select")
 
@@ -201,9 +204,29 @@ def test_rows_that_do_not_add_up_stop_the_run(whole: Line, monkeypatch) -> None:
 
 
 def test_nothing_to_train_on_is_explained(whole: Line) -> None:
-    whole.pool("common ground")
+    whole.tree["data"]["heldout_percent"] = 50
+    whole.pool(next(f"part {n}" for n in range(99) if split_of(f"part {n}", 50) == "heldout"))
     with pytest.raises(TrainingError, match="distill: expected training examples, found none"):
         whole.run()
+
+
+def test_nothing_selected_is_explained(whole: Line) -> None:
+    whole.pool("common ground", "more common ground")  # the base knows it
+    with pytest.raises(SourceError, match=r"select: .*found 2 below_threshold; .*query .*/line \""):
+        whole.run()
+
+
+def test_progress_counts_over_all_waves(whole: Line) -> None:
+    told: list[tuple[int, int]] = []
+
+    class Progress(Observer):
+        def progress(self, stage: str, done: int, total: int, unit: str) -> None:
+            if stage == "evaluate":
+                told.append((done, total))
+
+    whole.run(observer=Progress())
+    steps = dict.fromkeys(told)  # a wave ends where the next begins
+    assert list(steps) == [(done, 4) for done in range(5)]
 
 
 def test_observers_hear_everything() -> None:

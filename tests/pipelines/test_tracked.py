@@ -17,7 +17,7 @@ from stillhouse.storage.tracking.settings import mlflow_quiet
 from stillhouse.storage.tracking.tracker import Tracker
 from stillhouse.workers.scripted import Script
 from tests.killed import Killed
-from tests.pipelines.conftest import Killer, Line
+from tests.pipelines.conftest import Killer, Line, Notes
 
 
 @pytest.fixture(autouse=True)
@@ -33,16 +33,6 @@ def whole(line: Line) -> Line:
     line.tree["expand"] = {"rounds": 1, "prompts_per_round": 4}
     line.tree["evaluate"] = {"gate": {"min_accuracy": 0.0}}
     return line
-
-
-class Noter(Observer):
-    """Keeps the notes."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 def start(line: Line, *before: Observer, **how: Any) -> list[dict[str, Any]]:
@@ -79,11 +69,11 @@ def test_a_refusal_at_the_end_leaves_the_run_finished(
         raise TrackingError("the tracking server refused event 3")
 
     monkeypatch.setattr(Tracker, "flush", refuse)
-    console = Noter()
+    console = Notes()
     tracking = TrackingObserver(whole.recipe, console)
     assert whole.runner(tracking).run()["stages"].keys() >= {"deploy"}
     assert events(whole)[-1]["kind"] == "run_finished"
-    assert console.notes[-1] == "the tracking server refused event 3"
+    assert console.heard[-1] == "the tracking server refused event 3"
 
 
 def datasets(found: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -269,3 +259,11 @@ def test_a_student_that_fails_the_gate_is_registered_and_not_promoted(whole: Lin
     told = kinds(start(whole))
     assert "model deploy" in told
     assert "promote deploy" not in told
+
+
+def test_a_finished_run_says_that_events_still_wait(whole: Line) -> None:
+    start(whole)
+    console = Notes()
+    whole.runner(TrackingObserver(whole.recipe, console)).run()
+    [note] = console.heard
+    assert note.startswith("MLflow cannot be reached: no server in this test. Events are kept in ")

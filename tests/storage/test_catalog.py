@@ -17,6 +17,7 @@ from stillhouse.storage.layout import RunFolder
 from stillhouse.storage.manifest import Counts, Manifest, ShardEntry
 from stillhouse.storage.records import (
     TABLES,
+    CacheMeasureRecord,
     CompletionRecord,
     CorpusRecord,
     EvaluationRecord,
@@ -361,3 +362,46 @@ def test_a_trace_of_a_question_ends_in_its_evaluation(catalog: Catalog) -> None:
 def test_an_unknown_id_is_said(catalog: Catalog) -> None:
     with pytest.raises(ConfigError, match="no table of this run knows the id 'p9'"):
         catalog.trace("p9")
+
+
+def test_a_trace_of_a_private_pair_is_its_example(folder: RunFolder, manifest: Manifest) -> None:
+    files = write_shard(
+        folder,
+        "distill",
+        "d1",
+        "1",
+        {"examples": [ExampleRecord("specialize", "private_1", 9, "kept", None)]},
+    )
+    manifest.append(ShardEntry("distill", "d1", "1", files, Counts(), 0, 0.0))
+    with Catalog(folder, manifest, KEYS, threads=1) as catalog:
+        assert [table for table, _ in catalog.trace("private_1")] == ["examples"]
+
+
+@pytest.mark.parametrize("identity", ["x3", "p3", "q1"])
+def test_a_trace_ends_in_what_the_cache_was_measured_on(
+    folder: RunFolder, manifest: Manifest, identity: str
+) -> None:
+    rows = [
+        CacheMeasureRecord(text_id, 9, 0.1, 0.2, -3.0, -3.1, 10.0, 32.0, "kept", None)
+        for text_id in ("x3", "q1")
+    ]
+    files = write_shard(folder, "evaluate", "e1", "1", {"cache_measures": rows})
+    manifest.append(ShardEntry("evaluate", "e1", "1", files, Counts(), 0, 0.0))
+    with Catalog(folder, manifest, KEYS, threads=1) as catalog:
+        [row] = [row for table, row in catalog.trace(identity) if table == "cache_measures"]
+    assert row["text_id"] == ("q1" if identity == "q1" else "x3")
+
+
+@pytest.mark.parametrize(
+    ("sql", "message"),
+    [
+        ("SELECT * FROM nope", r"this SQL failed: .*nope.*The tables are raw, prompts, "),
+        ("SELECT nope FROM scores", "this SQL failed: .*nope"),
+        ("SELEC 1", "this SQL failed: .*SELEC"),
+        ("DROP VIEW scores", "this SQL was refused: found DROP"),
+        ("SELECT * FROM read_text('/etc/passwd')", "this SQL was refused: "),
+    ],
+)
+def test_a_slip_is_told_from_what_is_not_allowed(catalog: Catalog, sql: str, message: str) -> None:
+    with pytest.raises(ConfigError, match="(?s)" + message):
+        list(catalog.query(sql)[1])

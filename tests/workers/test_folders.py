@@ -4,7 +4,9 @@ import errno
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from stillhouse.errors import StorageFullError
 from stillhouse.workers.folders import atomic_folder
@@ -37,3 +39,13 @@ def test_another_error_stays_what_it_is(tmp_path: Path, error: Exception) -> Non
         raise error
     assert caught.value is error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_file_may_be_read_by_those_whom_the_umask_lets(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "model") as folder:
+        save_file({"a": torch.ones(2)}, folder / "model.safetensors")
+        (folder / "config.json").write_text("{}")
+    plain = tmp_path / "plain"
+    plain.touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "model").iterdir()}
+    assert modes == {plain.stat().st_mode}

@@ -147,6 +147,7 @@ def test_a_row_without_a_value_is_set_aside_and_the_others_stay(tmp_path):
     ("ref", "hint"),
     [
         ("data.jsonl", "did you mean jsonl:data.jsonl"),
+        ("jsnl:data.jsonl", "did you mean jsonl:data.jsonl?"),
         ("jsonlines:data.txt", "did you mean jsonl:"),
         ("parqet:data", "did you mean parquet:"),
         ("jsonl:", "nothing follows 'jsonl:'"),

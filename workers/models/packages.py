@@ -5,6 +5,7 @@ Standard library only: see `refs`.
 
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path, PurePosixPath
@@ -41,9 +42,9 @@ def package_file(body: str, kind: type[ModelError] | type[SourceError] = ModelEr
     path = Path(str(owner.locate_file(inner)))
     if path.is_file():
         return SourceFile(path.name, (path,), _published_sum(path), name)
-    pieces = _pieces(owner, PurePosixPath(inner).name, kind)
+    pieces, absent = _pieces(owner, PurePosixPath(inner).name, kind)
     if not pieces:
-        raise kind(_no_such_file(owner, name, inner))
+        raise kind(_no_such_file(owner, name, inner, absent))
     return SourceFile(path.name, pieces, _published_sum(path), name)
 
 
@@ -59,23 +60,32 @@ def _distribution(name: str, kind: type[ModelError] | type[SourceError]) -> Dist
 
 def _pieces(
     owner: Distribution, basename: str, kind: type[ModelError] | type[SourceError]
-) -> tuple[Path, ...]:
-    """`<basename>.part00`, `.part01`, … in the distributions that `owner` requires, in order."""
+) -> tuple[tuple[Path, ...], list[str]]:
+    """`<basename>.part00`, `.part01`, … in the distributions that `owner` requires, in order.
+
+    Returned with the names of those distributions that are not installed.
+    """
     pattern = re.compile(re.escape(basename) + r"\.part(\d+)$")
     found: dict[int, Path] = {}
+    absent: list[str] = []
     for requirement in owner.requires or ():
         match = _REQUIREMENT.match(requirement)
         if match is None or "extra ==" in requirement:
             continue
-        part = _distribution(match.group(), kind)
+        try:
+            part = distribution(match.group())
+        except PackageNotFoundError:
+            absent.append(match.group())
+            continue
         for file in part.files or ():
             numbered = pattern.search(file.name)
             if numbered:
                 found[int(numbered.group(1))] = Path(str(part.locate_file(file)))
     missing = sorted(set(range(max(found, default=-1) + 1)) - set(found))
-    if missing:
-        raise kind(f"{basename}: part {missing[0]:02d} is missing; reinstall its packages")
-    return tuple(found[number] for number in sorted(found))
+    if missing or (found and absent):
+        part_name = f"part {missing[0]:02d}" if missing else "a part"
+        raise kind(f"{basename}: {part_name} is missing; {_cure(absent)}")
+    return tuple(found[number] for number in sorted(found)), absent
 
 
 def _published_sum(path: Path) -> str | None:
@@ -89,8 +99,13 @@ def _published_sum(path: Path) -> str | None:
     return None
 
 
-def _no_such_file(owner: Distribution, name: str, inner: str) -> str:
+def _cure(absent: Sequence[str]) -> str:
+    return f"pip install --no-deps {' '.join(absent)}" if absent else "reinstall its packages"
+
+
+def _no_such_file(owner: Distribution, name: str, inner: str, absent: Sequence[str]) -> str:
     files = [str(file) for file in owner.files or () if not str(file).endswith((".py", ".pyc"))]
     near = difflib.get_close_matches(inner, files, n=1, cutoff=0.3)
+    parts = f"; where it comes in parts, {_cure(absent)} may bring them" if absent else ""
     hint = f"; the nearest file is package:{name}/{near[0]}" if near else ""
-    return f"package:{name}/{inner}: no such file in version {owner.version} of {name}{hint}"
+    return f"package:{name}/{inner}: no such file in version {owner.version} of {name}{hint}{parts}"

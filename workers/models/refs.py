@@ -174,7 +174,9 @@ def _single_file(path: Path, ref: str) -> SourceFile:
 def _folder_files(folder: Path, ref: str) -> tuple[SourceFile, ...]:
     if not folder.is_dir():
         cure = "Check the path, or name the scheme (gguf:, package:, hf:)"
-        raise ModelError(f"model reference {ref!r}: expected a folder at {folder}; {cure}")
+        raise ModelError(
+            f"model reference {ref!r}: expected a folder at {folder}, found none. {cure}"
+        )
     files = [p for p in sorted(folder.iterdir()) if p.suffix in _READ_SUFFIXES and p.is_file()]
     if not files:
         raise ModelError(

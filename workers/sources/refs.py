@@ -70,7 +70,7 @@ def parse(ref: str) -> DataRef:
 def _hint(scheme: str, ref: str, known: list[str]) -> str:
     suffix = Path(ref).suffix.removeprefix(".")
     if suffix in get_args(Format):
-        return f"; did you mean {suffix}:{ref}?"
+        return f"; did you mean {suffix}:{ref.rpartition(':')[2]}?"
     near = difflib.get_close_matches(scheme, known, n=1)
     return f"; did you mean {near[0]}:?" if near else ""
 
