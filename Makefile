@@ -17,7 +17,7 @@ help:  ## list the targets
 setup:  ## make .venv what pyproject.toml and constraints.txt say (repeated: does nothing)
 	@tools/setup.sh
 
-demo: setup  ## run the recipe `demo` on real models (about 20 minutes; repeated: shows the result)
+demo: setup  ## run the recipe `demo` on real models (15 to 20 minutes; repeated: shows the result)
 	@$(PY) -m stillhouse run demo
 
 test: setup  ## all tests that need no GPU; PYTEST_ARGS="-k name" for some

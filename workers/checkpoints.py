@@ -51,10 +51,14 @@ class CheckpointStore:
         return target
 
     def load_last_good(self) -> TrainState | None:
-        """The newest state that is whole, or None; each torn one is named and passed over."""
+        """The newest state that is whole, or None; each torn one is named and removed.
+
+        Removed, because `save` counts what it keeps.
+        """
         for folder in self._newest_first():
             if not is_sealed(folder):
                 self._notify(f"checkpoint {folder.name} is torn or was changed: passed over")
+                shutil.rmtree(folder)
                 continue
             stored = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             refuse_other_job(stored["key"], self._key, folder)

@@ -25,6 +25,7 @@ from stillhouse.workers.models.language_model import LanguageModel
 from stillhouse.workers.projection import core
 from stillhouse.workers.protocols import Completion, Decoding, Failed
 
+NOT_FINITE = "not_finite: the model gives the next token no number"
 CacheFactory = Callable[[], Cache]
 
 
@@ -48,7 +49,7 @@ def generate(
     for bucket in length_buckets([len(rows[index]) for index in fit], how.batch_size):
         members = [fit[position] for position in bucket]
 
-        def made(some: Sequence[int]) -> list[Completion]:
+        def made(some: Sequence[int]) -> list[Completion | Failed]:
             return _generate_batch(lm, [rows[m] for m in some], some, how, cache_factory)
 
         answers.update(zip(members, set_broken_aside(made, members), strict=True))
@@ -72,11 +73,12 @@ def _generate_batch(
     members: Sequence[int],
     how: Decoding,
     cache_factory: CacheFactory | None,
-) -> list[Completion]:
+) -> list[Completion | Failed]:
     model: Any = core(lm)
     batch = pad_left(rows, lm.pad, model.device)
     end = _EndOfAnswer(lm, how.stop, batch.ids.shape[1], len(rows))
-    processors = LogitsProcessorList()
+    finite = _FiniteRows(len(rows), model.device)
+    processors = LogitsProcessorList([finite])
     if how.temperature > 0:
         processors.append(_GumbelNoise(how, members, model.device))
     with _no_inherited_decoding(model):
@@ -90,8 +92,10 @@ def _generate_batch(
         )
     new_BT = output_BT[:, batch.ids.shape[1] :].tolist()
     return [
-        _completion(lm, ids, ended, how.stop, len(row))
-        for ids, ended, row in zip(new_BT, end.ended_at, rows, strict=True)
+        _completion(lm, ids, ended, how.stop, len(row)) if is_finite else Failed(NOT_FINITE)
+        for ids, ended, row, is_finite in zip(
+            new_BT, end.ended_at, rows, finite.rows.tolist(), strict=True
+        )
     ]
 
 
@@ -163,6 +167,17 @@ class _EndOfAnswer(StoppingCriteria):
             return False
         text = self._lm.decode(tail)
         return any(mark in text for mark in self._stop)
+
+
+class _FiniteRows(LogitsProcessor):
+    """Notes which rows have had a number for their best next token at every step."""
+
+    def __init__(self, rows: int, device: torch.device):
+        self.rows = torch.ones(rows, dtype=torch.bool, device=device)
+
+    def __call__(self, input_ids: Tensor, scores_BV: Tensor) -> Tensor:
+        self.rows &= torch.isfinite(scores_BV.amax(dim=1))
+        return scores_BV
 
 
 class _GumbelNoise(LogitsProcessor):

@@ -9,6 +9,7 @@ tokens, so the logits are computed again, chunk by chunk, and the gradient is ex
 Shape suffixes: T tokens, C tokens of a chunk, D hidden size, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import cast
 
@@ -32,7 +33,7 @@ def token_logprob(
 
     hidden_TD: [T, D] and weight_VD: [V, D], floating; inputs below float32 are widened, so sums
     are in float32. target_T: int64 [T] in 0…V-1. softcap: bounds logits by softcap·tanh(·/softcap).
-    chunk: tokens at a time; one [chunk, V] buffer is alive, two in a backward with softcap.
+    chunk: tokens at a time; one [chunk, V] buffer is alive, two with softcap and gradients.
 
     Differentiable once in hidden and weight; nothing is computed for gradients under no_grad.
     ValueError for shapes or dtypes that do not fit and for targets outside the vocabulary (this
@@ -162,7 +163,7 @@ def _multiply_weight(grad_CV: Tensor, weight_VD: Tensor, out_CD: Tensor) -> None
 
 def _softcap_slope(logits_CV: Tensor, softcap: float | None) -> Tensor | None:
     """d capped / d raw = 1 - tanh², from the capped logits."""
-    return None if softcap is None else 1 - (logits_CV / softcap).square_()
+    return None if softcap is None else (logits_CV / softcap).square_().neg_().add_(1)
 
 
 def _softmax_(logits_CV: Tensor, target_C: Tensor) -> Tensor:
@@ -213,8 +214,10 @@ def _require_inputs(
         raise ValueError(f"expected int64 targets, found {target_T.dtype}")
     if chunk < 1:
         raise ValueError(f"expected a chunk of at least one token, found {chunk}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"expected a positive softcap, or None for no cap, found {softcap}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(
+            f"expected a positive, finite softcap, or None for no cap, found {softcap}"
+        )
     vocabulary = weight_VD.shape[0]
     outside = (target_T < 0) | (target_T >= vocabulary)
     if bool(outside.any()):

@@ -64,5 +64,5 @@ def test_plan_says_what_would_run_and_why(copy: RunFolder, run: Run) -> None:
     for stage in STAGES:
         cached = STAGES.index(stage) < STAGES.index("distill")
         assert (" cached " in rows[stage]) == cached
-        assert ("is finished:" if cached else "settings or inputs changed") in rows[stage]
+        assert ("finished:" if cached else "settings or inputs changed") in rows[stage]
     assert copy.manifest.read_bytes() == before

@@ -109,6 +109,16 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before(fresh, job):
     assert files_of(resumed.adapter) == files_of(clean.adapter)
 
 
+def test_a_torn_checkpoint_takes_no_place_of_a_whole_one(fresh, job):
+    broken = stopped(fresh, job("broken", checkpoint_steps=1, keep_checkpoints=2), after=5)
+    folder = broken.folder / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["step_4", "step_5"]
+    torn = folder / "step_5" / "adapter.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-8])
+    again = stopped(fresh, job("broken", checkpoint_steps=99, keep_checkpoints=1), after=6)
+    assert [path.name for path in (again.folder / "checkpoints").iterdir()] == ["step_4"]
+
+
 def test_what_a_kill_left_of_a_half_written_checkpoint_is_no_checkpoint(fresh, job):
     clean = trainer.train(fresh(), job("clean"), ignore)
     broken = stopped(fresh, job("broken"), after=3)

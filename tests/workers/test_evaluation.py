@@ -156,3 +156,45 @@ def test_nothing_to_measure(llama):
     measures, size = measure_cache(llama, [], EIGHT_BITS)
     assert (measures, size.bytes_per_token) == ([], 0.0)
     assert isinstance(compressed_cache_factory(llama, EIGHT_BITS)(), TurboQuantCache)
+
+
+MIXED = CompressConfig(key_bits=3, value_bits=2, key_scalar="norm", value_scalar="least_squares")
+
+
+def test_the_cost_of_a_cache_by_forward_passes(lm):
+    text = "A text of some length."
+    ids = lm.encode_prompt(text)
+    row = torch.tensor([ids[:-1]])
+    with torch.no_grad():
+        full_TV = lm.model(row).logits[0].double().log_softmax(-1)
+        cache = compressed_cache_factory(lm, MIXED)()
+        packed_TV = lm.model(row, past_key_values=cache).logits[0].double().log_softmax(-1)
+    kl_T = (full_TV.exp() * (full_TV - packed_TV)).sum(-1)
+    logp = packed_TV.gather(1, torch.tensor(ids[1:])[:, None]).sum().item()
+    ([measure], _) = measure_cache(lm, [text], MIXED)
+    assert measure.kl_mean == pytest.approx(kl_T.mean().item(), rel=1e-3)
+    assert measure.kl_max == pytest.approx(kl_T.max().item(), rel=1e-3)
+    assert measure.kl_mean != pytest.approx(kl_T.median().item(), rel=1e-2)
+    assert measure.logp_compressed == pytest.approx(logp, rel=1e-4)
+    assert measure.logp_compressed != pytest.approx(measure.logp_full, rel=1e-4)
+
+
+def test_bytes_over_two_texts_by_hand(llama):
+    _, size = measure_cache(llama, ["exactly 16 bytes", "eight by"], MIXED)
+    # 3 layers of 2 heads of 8: keys 3 bits and values 2 bits a coordinate, each with 2 bytes more
+    packed = 3 * 2 * ((3 + 2) + (2 + 2))
+    # tables, once: of keys and of values, float32 rotation 8 x 8, and the codec's own few centroids
+    cache = compressed_cache_factory(llama, MIXED)()
+    with torch.no_grad():
+        llama.model(torch.tensor([[1]]), past_key_values=cache)
+    tables = cache.nbytes - packed
+    assert tables > 2 * 8 * 8 * 4
+    tokens = 15 + 7  # the last token of a text is only predicted
+    assert size.bytes_per_token == pytest.approx(packed + tables / tokens)
+    assert size.bytes_per_token_16bit == 3 * 2 * 8 * 2 * 2
+
+
+def test_the_cache_has_the_configured_format(llama):
+    layout = compressed_cache_factory(llama, MIXED)().format
+    found = (layout.key_bits, layout.value_bits, layout.key_scalar, layout.value_scalar)
+    assert found == (3, 2, "norm", "least_squares")

@@ -151,3 +151,11 @@ def test_a_prompt_that_the_compressed_cache_cannot_hold_fails_alone(llama):
     assert isinstance(failed, Failed)
     assert failed.reason.startswith("not_finite: expected finite vectors")
     assert [first, last] == generate(llama, ["good", "also"], how, cache)
+
+
+def test_a_model_that_gives_no_number_gives_no_answer(llama):
+    broken = with_nan_embedding(llama, "x")
+    how = Decoding(max_new_tokens=4, batch_size=4)
+    [first, failed, last] = generate(broken, ["good", "bad x", "also"], how)
+    assert failed == Failed("not_finite: the model gives the next token no number")
+    assert [first, last] == generate(llama, ["good", "also"], how)

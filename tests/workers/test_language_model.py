@@ -14,6 +14,7 @@ from stillhouse.errors import ModelError
 from stillhouse.workers.models import toy
 from stillhouse.workers.models.language_model import (
     LanguageModel,
+    check_projection,
     decoder_and_head,
     load,
     load_codec,
@@ -223,3 +224,63 @@ def test_the_real_smollm2_needs_no_bos_and_pads_with_its_eos(cache_root):
     ids = lm.encode_prompt(ENGLISH)
     assert perplexity(lm, ids, len(ids) - 1) < 25
     assert lm.decode(ids) == ENGLISH
+
+
+def test_a_weight_that_is_missing_is_refused_and_not_made_up(copied, store):
+    path = copied / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"found 1 missing, the first .*layers\.1\.mlp\.up_proj"):
+        load(store, ModelSpec(str(copied)))
+
+
+def test_a_weight_of_another_shape_is_refused(copied, store):
+    path = copied / "model.safetensors"
+    weights = load_file(path)
+    weights["model.norm.weight"] = torch.ones(7)
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="expected a causal language model"):
+        load(store, ModelSpec(str(copied)))
+
+
+def test_the_code_of_a_tokenizer_is_not_run(copied, store):
+    path = copied / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config |= {"tokenizer_class": "OddTokenizer", "auto_map": {"AutoTokenizer": ["odd.Odd", None]}}
+    path.write_text(json.dumps(config))
+    (copied / "odd.py").write_text(f"open({str(copied / 'ran')!r}, 'w')\nclass Odd: pass\n")
+    with pytest.raises(ModelError, match="of a kind that transformers has itself"):
+        load_codec(store, str(copied))
+    assert not (copied / "ran").exists()
+
+
+@pytest.mark.parametrize("damage", ["{broken", "{}"])
+def test_a_damaged_tokenizer_is_refused(copied, store, damage):
+    (copied / "tokenizer.json").write_text(damage)
+    with pytest.raises(ModelError, match="expected a tokenizer and a configuration"):
+        load_codec(store, str(copied))
+
+
+def test_tensors_that_an_adapter_would_leave_out_are_refused(model_folders, store, adapter):
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": ["q_proj"]}))
+    with pytest.raises(ModelError, match=r"does not ask for, the first .*down_proj"):
+        load(store, ModelSpec(str(model_folders["llama"]), adapter))
+
+
+@pytest.mark.parametrize("change", [{"r": 8}, {"peft_type": "ODD"}])
+def test_an_adapter_with_a_wrong_configuration_is_refused(model_folders, store, adapter, change):
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ModelError, match="expected a configuration that fits"):
+        load(store, ModelSpec(str(model_folders["llama"]), adapter))
+
+
+def test_logits_that_are_more_than_the_product_are_refused(fresh):
+    model = fresh("gemma").model
+    check_projection(model)
+    head = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: 1.01 * head(hidden)
+    with pytest.raises(ModelError, match="it scales or caps them"):
+        check_projection(model)

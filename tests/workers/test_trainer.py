@@ -1,11 +1,14 @@
 """What a training learns, what it reports, and what it refuses."""
 
 import dataclasses
+import json
 import math
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from stillhouse.configs.stages import LoraConfig
 from stillhouse.errors import ModelError, SourceError, TrainingError
@@ -129,3 +132,45 @@ def test_a_poisoned_weight_stops_at_the_first_step(fresh, job):
         lm.model.model.norm.weight[0] = math.nan
     with pytest.raises(TrainingError, match=r"step 1 of 8.*no checkpoint was written yet"):
         trainer.train(lm, job(), ignore)
+
+
+def test_two_steps_are_those_of_adamw_by_hand(fresh, job):
+    """Decay, clipping, schedule and alpha, each far from its default, against the formulas."""
+    lora = LoraConfig(rank=2, alpha=7)
+    twice = [TrainExample(name, "Q: 3", " A1") for name in "ab"]  # equal: their order is no matter
+    changes: dict[str, Any] = {"lora": lora, "weight_decay": 0.3, "max_gradient_norm": 1e-3}
+    changes |= {"epochs": 1, "batch_size": 1, "warmup_fraction": 0.0, "learning_rate": 0.02}
+    config = job(**changes).config
+    outcome = trainer.train(fresh(), job(examples=twice, **changes), ignore)
+    assert [step.learning_rate for step in outcome.steps] == [0.02, 0.01]
+
+    lm = fresh()
+    model: Any = put_adapter(lm.model, lora, "ref", seed=config.seed)
+    parameters = adapter_parameters(model)
+    prompt, response = lm.encode_prompt("Q: 3"), lm.encode_response(" A1")
+    ids = [*prompt, *response, lm.eos_ids[0]]
+    targets = torch.tensor(ids[len(prompt) :])[:, None]
+    first: dict[str, Any] = dict.fromkeys(parameters, 0.0)
+    second: dict[str, Any] = dict.fromkeys(parameters, 0.0)
+    for number, rate in ((1, 0.02), (2, 0.01)):
+        model.zero_grad()
+        logp = model(torch.tensor([ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        (-logp.gather(1, targets).mean()).backward()
+        gradients: dict[str, Any] = {name: p.grad for name, p in parameters.items()}
+        norm = math.sqrt(sum(float(g.square().sum()) for g in gradients.values()))
+        assert outcome.steps[number - 1].gradient_norm == pytest.approx(norm, rel=1e-3)
+        for name, parameter in parameters.items():
+            clipped = gradients[name] * 1e-3 / (norm + 1e-6)
+            first[name] = 0.9 * first[name] + 0.1 * clipped
+            second[name] = 0.999 * second[name] + 0.001 * clipped.square()
+            root = (second[name] / (1 - 0.999**number)).sqrt() + 1e-8
+            step = first[name] / (1 - 0.9**number) / root
+            with torch.no_grad():
+                parameter.mul_(1 - rate * 0.3).sub_(rate * step)
+    made = load_file(outcome.adapter / "adapter_model.safetensors")
+    assert len(made) == len(parameters)
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(
+            made[name.replace(".default", "")], parameter.detach(), rtol=1e-2, atol=1e-5
+        )
+    assert json.loads((outcome.adapter / "adapter_config.json").read_text())["lora_alpha"] == 7

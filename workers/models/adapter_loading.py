@@ -28,7 +28,13 @@ def attach_adapter(model: "nn.Module", folder: Path) -> Any:
     with warnings.catch_warnings():
         # PEFT only warns of modules that got no weights; `_check_filled` refuses them.
         warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)
-        wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+        try:
+            wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+            raise ModelError(
+                f"adapter {folder}: expected a configuration that fits {ADAPTER_WEIGHTS}, found "
+                f"{type(error).__name__}: {error}. Save it again with PEFT"
+            ) from error
     _check_filled(wrapped, folder)
     return wrapped
 
@@ -91,7 +97,15 @@ def _check_filled(wrapped: Any, folder: Path) -> None:
 
     # Left at "auto", PEFT looks the base's name up on the hub, and warns when it is not there.
     expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    unfilled = sorted(set(expected) - set(_adapter_shapes(folder)))
+    held = set(_adapter_shapes(folder))
+    unused = sorted(held - set(expected))
+    if unused:
+        raise ModelError(
+            f"adapter {folder}: {ADAPTER_WEIGHTS} holds {len(unused)} tensors that its "
+            f"configuration does not ask for, the first {unused[0]}; they would be left out. Save "
+            "it again"
+        )
+    unfilled = sorted(set(expected) - held)
     if unfilled:
         raise ModelError(
             f"adapter {folder}: its configuration asks for {len(unfilled)} tensors that "

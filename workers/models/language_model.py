@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stillhouse.errors import ModelError
+from stillhouse.workers.models.model_folder import refuse_missing_weights
 from stillhouse.workers.models.refs import parse
 from stillhouse.workers.models.store import ModelStore
 from stillhouse.workers.models.tokenizer import adds_bos, require_eos, restore_bos, wants_bos
@@ -86,14 +87,24 @@ def load(
     folder = store.folder(spec.ref)
     codec = load_codec(store, spec.ref)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
+        made: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (SafetensorError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (SafetensorError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"{spec.ref}: expected a causal language model in whole safetensors in {folder}, "
             f"found: {error}. Fetch it again, or delete the folder if it is a converted copy"
         ) from error
+    model, found = made
+    refuse_missing_weights(found, spec.ref)
+    check_projection(model)
     if spec.adapter is not None:
         from stillhouse.workers.models.adapter_loading import attach_adapter
 
@@ -115,8 +126,16 @@ def load_codec(store: ModelStore, ref: str) -> TextCodec:
 
     folder = store.folder(ref)
     name = parse(ref).name
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True).get_text_config()
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(str(folder), **options).get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
+        context = int(config.max_position_embeddings)
+    except (ValueError, OSError, AttributeError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{ref}: expected a tokenizer and a configuration with max_position_embeddings in "
+            f"{folder}, of a kind that transformers has itself; found: {error}"
+        ) from error
     if wants_bos(config.model_type):
         restore_bos(tokenizer)
     eos = require_eos(tokenizer, name, config.eos_token_id)
@@ -126,7 +145,7 @@ def load_codec(store: ModelStore, ref: str) -> TextCodec:
         bos=tokenizer.bos_token_id if adds_bos(tokenizer) else None,
         eos_ids=_eos_ids(eos, config.eos_token_id, folder),
         pad=pad if isinstance(pad, int) else eos,
-        context=int(config.max_position_embeddings),
+        context=context,
         name=name,
     )
 
@@ -146,6 +165,26 @@ def _generation_eos(folder: Path, kind: Any) -> int | list[int] | None:
         return None
     found: int | list[int] | None = kind.from_pretrained(str(folder)).eos_token_id
     return found
+
+
+def check_projection(model: Any) -> None:
+    """ModelError unless the logits are what `decoder_and_head` makes of the hidden states."""
+    import torch
+
+    ids = torch.arange(3).unsqueeze(0)
+    with torch.inference_mode():
+        logits = model(input_ids=ids).logits
+        parts = decoder_and_head(model)
+        ours = parts.decoder(input_ids=ids) @ parts.head.T
+        if parts.softcap is not None:
+            ours = torch.tanh(ours / parts.softcap) * parts.softcap
+    slack = 256 * torch.finfo(logits.dtype).eps * float(logits.nan_to_num().abs().max())
+    if not torch.allclose(ours, logits, rtol=0, atol=slack, equal_nan=True):
+        raise ModelError(
+            f"{type(model).__name__}: expected logits = head x hidden state, found others: it "
+            "scales or caps them in a way that the chunked projection does not know. Use another "
+            "model"
+        )
 
 
 def decoder_and_head(model: Any) -> DecoderHead:

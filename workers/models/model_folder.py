@@ -50,6 +50,16 @@ def missing_weights(folder: Path) -> str | None:
     return f"expected {WEIGHTS} in {folder}, found none. Check the path, or fetch it again"
 
 
+def refuse_missing_weights(loading_info: Any, name: str) -> None:
+    """ModelError where transformers made up a weight: it fills what a file lacks with noise."""
+    missing = sorted(loading_info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{name}: expected every weight of the model, found {len(missing)} missing, the first "
+            f"{missing[0]}. Fetch it again"
+        )
+
+
 def read_json(path: Path, name: str) -> dict[str, Any]:
     """Read a JSON object; raises ModelError when there is none."""
     if not path.is_file():

@@ -159,7 +159,8 @@ def _hub_cache() -> Path:
     if given:
         return Path(given).expanduser()
     home = os.environ.get("HF_HOME")
-    return (Path(home).expanduser() if home else Path.home() / ".cache/huggingface") / "hub"
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return (Path(home) if home else Path(cache) / "huggingface").expanduser() / "hub"
 
 
 def _single_file(path: Path, ref: str) -> SourceFile:

@@ -14,7 +14,11 @@ from stillhouse.workers.models.cache_folder import (
     require_space,
 )
 from stillhouse.workers.models.gguf_header import GgufHeader, check_whole, read_header
-from stillhouse.workers.models.model_folder import check_model_folder, missing_weights
+from stillhouse.workers.models.model_folder import (
+    check_model_folder,
+    missing_weights,
+    refuse_missing_weights,
+)
 from stillhouse.workers.models.packages import SourceFile
 from stillhouse.workers.models.refs import (
     ModelRef,
@@ -140,9 +144,15 @@ def _dequantise(file: SourceFile, header: GgufHeader, target: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     path = _assembled(file, target)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        str(path.parent), gguf_file=path.name, dtype=torch.float32
+    made: Any = AutoModelForCausalLM.from_pretrained(
+        str(path.parent),
+        gguf_file=path.name,
+        dtype=torch.float32,
+        trust_remote_code=False,
+        output_loading_info=True,
     )
+    model, found = made
+    refuse_missing_weights(found, file.name)
     # transformers 5 keeps the quantizer of a dequantised model and then refuses to save it.
     model.hf_quantizer = None
     model.is_quantized = False
@@ -166,8 +176,10 @@ def _save_tokenizer(path: Path, header: GgufHeader, model_type: str, target: Pat
 
     # AutoTokenizer reads the whole file once more to learn its class: 14 s for Gemma, 2 s without.
     kind: Any = GemmaTokenizer if model_type.startswith("gemma") else AutoTokenizer
-    tokenizer = kind.from_pretrained(str(path.parent), gguf_file=path.name)
-    if header.metadata.get("tokenizer.ggml.add_bos_token", wants_bos(model_type)):
+    tokenizer = kind.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
+    # llama.cpp: a SentencePiece tokenizer begins with BOS unless the file says otherwise
+    sentencepiece = header.metadata.get("tokenizer.ggml.model") == "llama"
+    if header.metadata.get("tokenizer.ggml.add_bos_token", sentencepiece or wants_bos(model_type)):
         restore_bos(tokenizer)
     tokenizer.save_pretrained(str(target))
 

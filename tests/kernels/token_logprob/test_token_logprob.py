@@ -167,8 +167,9 @@ def test_scoring_computes_nothing_for_gradients():
         ({"target_T": torch.tensor([0, -100])}, "found -100; drop tokens without a loss"),
         ({"hidden_TD": torch.zeros(2, 4, dtype=torch.int64)}, "expected floating"),
         ({"chunk": 0}, "at least one token, found 0"),
-        ({"softcap": 0.0}, "positive softcap"),
-        ({"softcap": math.nan}, "positive softcap"),
+        ({"softcap": 0.0}, "positive, finite softcap"),
+        ({"softcap": math.inf}, "positive, finite softcap"),
+        ({"softcap": math.nan}, "positive, finite softcap"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):
