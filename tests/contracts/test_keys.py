@@ -64,5 +64,7 @@ def test_plan_says_what_would_run_and_why(copy: RunFolder, run: Run) -> None:
     for stage in STAGES:
         cached = STAGES.index(stage) < STAGES.index("distill")
         assert (" cached " in rows[stage]) == cached
-        assert ("finished:" if cached else "settings or inputs changed") in rows[stage]
+        assert ("finished:" if cached else "changed: ") in rows[stage]
+    assert "changed: learning_rate 0.01 → 0.02" in rows["distill"]
+    assert "changed: its input: distill" in rows["evaluate"]
     assert copy.manifest.read_bytes() == before
