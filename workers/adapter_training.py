@@ -18,6 +18,7 @@ from stillhouse.errors import ConfigError, ModelError
 from stillhouse.workers.folders import write_json
 
 LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.(.+)$")
+ATTENTION = re.compile(r"attn|attention")  # self_attn, attn; GPT-NeoX, BLOOM and Falcon: attention
 
 
 def put_adapter(model: PreTrainedModel, lora: LoraConfig, ref: str, seed: int) -> PeftModel:
@@ -78,7 +79,7 @@ def _linear_layers(model: PreTrainedModel, *, attention_only: bool) -> tuple[int
         if found is None:
             continue
         layers = max(layers, int(found[1]) + 1)
-        if isinstance(module, nn.Linear) and ("attn" in found[2] or not attention_only):
+        if isinstance(module, nn.Linear) and (ATTENTION.search(found[2]) or not attention_only):
             names.add(found[2].rsplit(".", 1)[-1])
     if not names:
         raise ModelError(

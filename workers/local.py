@@ -61,11 +61,8 @@ class LocalWorkers:
     def count_tokens(self, ref: str, texts: Sequence[str]) -> list[int]:
         """Tokens of each text under a model's tokenizer, BOS included."""
         if not texts:
-            return []
-        codec = self._models.codec(ref)
-        rows = codec.tokenizer(list(texts), add_special_tokens=False).input_ids
-        bos = codec.bos
-        return [len(row) + (bos is not None and row[:1] != [bos]) for row in rows]
+            return []  # no tokenizer is loaded for nothing
+        return [len(ids) for ids in self._models.codec(ref).encode_prompts(texts)]
 
     def train(self, job: TrainJob, on_step: Callable[[TrainStep, int], None]) -> TrainOutcome:
         """Train; a job that ran to its end before answers from its record, without torch."""

@@ -134,8 +134,7 @@ def _weight_gradient(
         _softmax_(logits_CV, target_T[rows])
         _logit_gradient_(logits_CV, target_T[rows], slope_CV)
         logits_CV *= upstream_T[rows, None]
-        with torch.autocast(hidden_TD.device.type, enabled=False):
-            grad_VD.addmm_(logits_CV.T, hidden_TD[rows].to(grad_VD.dtype))
+        grad_VD.addmm_(logits_CV.T, hidden_TD[rows].to(grad_VD.dtype))
     return grad_VD.to(weight_VD.dtype)
 
 
@@ -144,10 +143,9 @@ def _logits(hidden_CD: Tensor, weight_VD: Tensor, softcap: float | None) -> Tens
     wide = _wide_dtype(hidden_CD, weight_VD)
     hidden_CD = hidden_CD.to(wide)
     logits_CV = hidden_CD.new_empty((hidden_CD.shape[0], weight_VD.shape[0]))
-    # Autocast would round the products that are widened here on purpose.
-    with torch.autocast(hidden_CD.device.type, enabled=False):
-        for block in _weight_blocks(weight_VD, wide):
-            torch.mm(hidden_CD, weight_VD[block].to(wide).T, out=logits_CV[:, block])
+    # Products with `out`, and those in place below, are none that autocast would round.
+    for block in _weight_blocks(weight_VD, wide):
+        torch.mm(hidden_CD, weight_VD[block].to(wide).T, out=logits_CV[:, block])
     if softcap is not None:
         logits_CV.div_(softcap).tanh_().mul_(softcap)
     return logits_CV
@@ -156,9 +154,8 @@ def _logits(hidden_CD: Tensor, weight_VD: Tensor, softcap: float | None) -> Tens
 def _multiply_weight(grad_CV: Tensor, weight_VD: Tensor, out_CD: Tensor) -> None:
     """out = grad @ weight, in the wide dtype."""
     out_CD.zero_()
-    with torch.autocast(out_CD.device.type, enabled=False):
-        for block in _weight_blocks(weight_VD, out_CD.dtype):
-            out_CD.addmm_(grad_CV[:, block], weight_VD[block].to(out_CD.dtype))
+    for block in _weight_blocks(weight_VD, out_CD.dtype):
+        out_CD.addmm_(grad_CV[:, block], weight_VD[block].to(out_CD.dtype))
 
 
 def _softcap_slope(logits_CV: Tensor, softcap: float | None) -> Tensor | None:

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, GPTNeoXConfig
 
 from stillhouse.configs.stages import LoraConfig
 from stillhouse.errors import ConfigError
@@ -63,3 +64,27 @@ def test_the_adapter_folder_names_the_base_and_no_machine(fresh, job, model_fold
     assert str(model_folders["llama"]) not in text
     tensors = load_file(outcome.adapter / "adapter_model.safetensors")
     assert all(value.dtype == torch.float32 for value in tensors.values())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BloomConfig(n_layer=1, n_head=2, hidden_size=8, vocab_size=16),
+        FalconConfig(num_hidden_layers=1, num_attention_heads=2, hidden_size=8, vocab_size=16),
+        GPTNeoXConfig(
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            hidden_size=8,
+            intermediate_size=8,
+            vocab_size=16,
+        ),
+    ],
+    ids=["bloom", "falcon", "gpt_neox"],
+)
+def test_attention_is_found_under_other_names(config):
+    model = AutoModelForCausalLM.from_config(config)
+    adapted = put_adapter(model, LoraConfig(rank=2, targets="attention"), "ref", seed=0)
+    assert {name.split(".")[-4] for name in adapter_parameters(adapted)} == {
+        "query_key_value",
+        "dense",
+    }

@@ -17,15 +17,12 @@ from tests.killed import Killed
 from tests.workers.small_training import TOTAL, files_of, ignore, stop_after
 
 SCRIPT = """
-import os, signal, sys, torch
+import json, os, signal, sys
 from pathlib import Path
-sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]) / "tests" / "workers")]
-import stillhouse
+sys.path.insert(0, sys.argv[1])
 from stillhouse.configs.stages import TrainConfig
 from stillhouse.workers.local import LocalWorkers
-from stillhouse.workers.projection import TargetRow, target_logps
 from stillhouse.workers.protocols import ModelSpec, TrainExample, TrainJob
-import json
 given = json.loads(sys.argv[2])
 job = TrainJob(
     ModelSpec(given["model"]),

@@ -1,5 +1,6 @@
 """Language models: special tokens, adapters that do and do not fit, decoder and head."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -8,10 +9,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, normalizers
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from stillhouse.errors import ModelError
 from stillhouse.workers.models import toy
+from stillhouse.workers.models.adapter_loading import attach_adapter
 from stillhouse.workers.models.language_model import (
     LanguageModel,
     check_projection,
@@ -20,7 +23,7 @@ from stillhouse.workers.models.language_model import (
     load_codec,
 )
 from stillhouse.workers.models.store import ModelStore
-from stillhouse.workers.models.tokenizer import restore_bos
+from stillhouse.workers.models.tokenizer import continuation_lead, restore_bos
 from stillhouse.workers.protocols import ModelSpec
 
 ENGLISH = (
@@ -82,6 +85,38 @@ def test_a_response_has_no_special_tokens_and_decodes_to_itself(lm):
     assert not set(ids) & {lm.bos, *lm.eos_ids}
     assert lm.decode(ids) == " E11 – naïve\n"
     assert lm.decode([*ids, *lm.eos_ids]) == " E11 – naïve\n"
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("ab", ["ab"]),
+        (" ab", ["▁ab"]),
+        ("  ab", ["▁", "▁ab"]),
+        ("\nab", ["<0x0A>", "ab"]),
+        ("", []),
+    ],
+)
+def test_a_response_is_cut_as_inside_a_text_where_texts_get_a_blank(llama, response, expected):
+    # A Llama 2 tokenizer in small: `ab` alone is `▁ab`, as ` ab` is inside a text.
+    words = ["<unk>", "▁", "a", "b", "ab", "▁ab", "<0x0A>", "</s>"]
+    model = models.BPE(
+        vocab={word: place for place, word in enumerate(words)},
+        merges=[("a", "b"), ("▁", "ab")],
+        unk_token="<unk>",
+        byte_fallback=True,
+    )
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", unk_token="<unk>"
+    )
+    codec = dataclasses.replace(llama, tokenizer=tokenizer, lead=continuation_lead(tokenizer))
+    assert codec.encode_prompt("ab") == [words.index("▁ab")]
+    found = [words[token] for token in codec.encode_response(response)]
+    assert found == expected
 
 
 def test_a_repaired_tokenizer_stays_repaired_after_saving(gemma, tmp_path):
@@ -284,3 +319,24 @@ def test_logits_that_are_more_than_the_product_are_refused(fresh):
     model.lm_head.forward = lambda hidden: 1.01 * head(hidden)
     with pytest.raises(ModelError, match="it scales or caps them"):
         check_projection(model)
+
+
+def test_an_adapter_on_modules_that_are_not_linear_fits_or_is_refused(tmp_path):
+    def model(width):
+        sizes = {"n_layer": 1, "n_head": 2, "n_embd": width, "vocab_size": 16, "n_positions": 8}
+        config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+        return GPT2LMHeadModel(config).eval()
+
+    config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    wrapped = get_peft_model(model(8), config)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+    wrapped.save_pretrained(tmp_path)
+    attached = attach_adapter(model(8), tmp_path)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            assert torch.equal(attached.get_parameter(name), parameter)
+    with pytest.raises(ModelError, match=r"(?s)a configuration that fits .*size mismatch"):
+        attach_adapter(model(16), tmp_path)

@@ -96,8 +96,16 @@ def test_a_finished_training_loads_no_model(workers, model_folders, tmp_path, mo
 
 
 def test_threads_are_set_once_on_first_use(workers, model_folders):
-    workers.model(ModelSpec(str(model_folders["llama"]))).answer([], HOW)
-    assert torch.get_num_threads() == 1
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        workers.model(ModelSpec(str(model_folders["llama"]))).answer([], HOW)
+        assert torch.get_num_threads() == 1
+        torch.set_num_threads(2)
+        workers.model(ModelSpec(str(model_folders["gemma"]))).answer([], HOW)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_fingerprint_is_of_the_files(workers, model_folders):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import exceptions
 
 from stillhouse.errors import SourceError
 from stillhouse.workers.sources import refs
@@ -16,6 +17,7 @@ from stillhouse.workers.sources.files import read_jsonl
 from stillhouse.workers.sources.reader import MalformedRow, SourceRow, fingerprint, read
 
 COMMIT = "0123456789" * 4
+BROKEN = "b" * 40
 ICD = "builtin:icd10cm?split={}&categories=3&pool_per_category=2&lookalikes=4&elsewhere=4"
 
 
@@ -213,9 +215,14 @@ def hub(monkeypatch):
         asked.append((names, options))
         if options["split"] != "test":
             raise ValueError("Bad split: train. Available splits: ['test']")
-        return iter([{"text": "one", "label": 3}])
+        return streamed(options)
 
-    module = types.SimpleNamespace(load_dataset=load_dataset)
+    def streamed(options):
+        yield {"text": "one", "label": 3}
+        if options["revision"] == BROKEN:
+            raise exceptions.DatasetGenerationError("the file ends too soon")
+
+    module = types.SimpleNamespace(load_dataset=load_dataset, exceptions=exceptions)
     monkeypatch.setitem(sys.modules, "datasets", module)
     return asked
 
@@ -224,8 +231,10 @@ def test_a_hub_data_set_is_streamed_at_its_revision(hub, tmp_path):
     (row,) = read(f"hf:org/data@{COMMIT}?split=test&config=en", tmp_path)
     assert row == SourceRow({"text": "one", "label": "3"}, "hf:org/data/test:1")
     assert hub == [(("org/data", "en"), {"split": "test", "revision": COMMIT, "streaming": True})]
-    with pytest.raises(SourceError, match=r"could not open split 'train': .*\['test'\]"):
+    with pytest.raises(SourceError, match=r"could not read split 'train': .*\['test'\]"):
         list(read(f"hf:org/data@{COMMIT}", tmp_path))
+    with pytest.raises(SourceError, match=r"could not read split 'test': .*ends too soon"):
+        list(read(f"hf:org/data@{BROKEN}?split=test", tmp_path))
     with pytest.raises(SourceError, match="expected split and config, found 'spilt'"):
         list(read(f"hf:org/data@{COMMIT}?spilt=test", tmp_path))
 

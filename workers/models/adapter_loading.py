@@ -41,6 +41,8 @@ def attach_adapter(model: "nn.Module", folder: Path) -> Any:
 
 def check_adapter(model: "nn.Module", folder: Path) -> None:
     """Compare every tensor of an adapter with the module it changes."""
+    from torch import nn
+
     read_json(folder / "adapter_config.json", f"adapter {folder}")
     shapes = _adapter_shapes(folder)
     modules = dict(model.named_modules())
@@ -48,13 +50,14 @@ def check_adapter(model: "nn.Module", folder: Path) -> None:
         module, _, part = name.removeprefix(_PREFIX).rpartition(".lora_")
         if not part.startswith(("A.", "B.")):
             continue  # embeddings and saved modules: PEFT compares those itself
-        weight = getattr(modules.get(module), "weight", None)
-        if weight is None:
+        changed = modules.get(module)
+        if changed is None:
             raise ModelError(
                 f"adapter {folder}: {name} changes a module {module!r} that the base "
                 f"({type(model).__name__}) does not have. Name the base this adapter was trained on"
             )
-        _check_shape(folder, name, part, tuple(weight.shape), found)
+        if isinstance(changed, nn.Linear):  # PEFT compares the shapes of others itself
+            _check_shape(folder, name, part, tuple(changed.weight.shape), found)
 
 
 def _check_shape(folder: Path, name: str, part: str, base: Shape, found: Shape) -> None:

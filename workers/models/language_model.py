@@ -1,6 +1,6 @@
 """A causal language model with its tokenizer, and what one must know to feed it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,7 +9,13 @@ from stillhouse.errors import ModelError
 from stillhouse.workers.models.model_folder import refuse_missing_weights
 from stillhouse.workers.models.refs import parse
 from stillhouse.workers.models.store import ModelStore
-from stillhouse.workers.models.tokenizer import adds_bos, require_eos, restore_bos, wants_bos
+from stillhouse.workers.models.tokenizer import (
+    adds_bos,
+    continuation_lead,
+    require_eos,
+    restore_bos,
+    wants_bos,
+)
 from stillhouse.workers.protocols import ModelSpec
 
 if TYPE_CHECKING:
@@ -33,17 +39,24 @@ class TextCodec:
     pad: int
     context: int  # tokens
     name: str
+    lead: str  # put before a continuation and cut off again: see `continuation_lead`
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a prompt, with BOS exactly once where the model was trained with it."""
-        ids = self.encode_response(text)
-        if self.bos is None or ids[:1] == [self.bos]:
-            return ids
-        return [self.bos, *ids]
+        return self.encode_prompts([text])[0]
+
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of several prompts, each as `encode_prompt` gives them."""
+        rows = self.tokenizer(list(texts), add_special_tokens=False).input_ids
+        bos = [] if self.bos is None else [self.bos]
+        return [list(ids) if ids[:1] == bos else [*bos, *ids] for ids in rows]
 
     def encode_response(self, text: str) -> list[int]:
-        """Ids of a continuation: no BOS, no EOS."""
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        """Ids of a continuation, as they follow on a prompt: no BOS, no EOS, no blank added."""
+        ids = self.tokenizer(self.lead + text, add_special_tokens=False).input_ids
+        if not self.lead:
+            return list(ids)
+        return list(ids[len(self.tokenizer(self.lead, add_special_tokens=False).input_ids) :])
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens left out."""
@@ -116,6 +129,7 @@ def load(
         pad=codec.pad,
         context=codec.context,
         name=codec.name,
+        lead=codec.lead,
         model=model.to(device).eval().requires_grad_(False),
     )
 
@@ -147,6 +161,7 @@ def load_codec(store: ModelStore, ref: str) -> TextCodec:
         pad=pad if isinstance(pad, int) else eos,
         context=context,
         name=name,
+        lead=continuation_lead(tokenizer),
     )
 
 

@@ -23,6 +23,18 @@ def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
     return bos is not None and list(tokenizer("a").input_ids)[:1] == [bos]
 
 
+def continuation_lead(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """A text to put before a continuation, so that its tokens are those it has inside a text.
+
+    Tokenizers of the SentencePiece kind may put a blank before every text they are given (`a`
+    becomes `▁a`): a response on its own would be cut as if a blank stood before it. To these a line
+    break comes first, which no token shares with what follows; others need nothing.
+    """
+    ids = tokenizer("a", add_special_tokens=False).input_ids
+    blank = str(tokenizer.convert_ids_to_tokens(ids[0])).startswith("▁") if ids else False
+    return "\n" if blank else ""
+
+
 def restore_bos(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Make `tokenizer(text)` begin with BOS, also after `save_pretrained` and a plain reload.
 

@@ -94,12 +94,13 @@ def _hub_rows(ref: DataRef) -> Rows:
         rows = datasets.load_dataset(
             ref.body, options.get("config"), split=split, revision=ref.revision, streaming=True
         )
-    except (ValueError, OSError) as error:  # datasets' own errors descend from these two
+        yield from _numbered(rows, f"hf:{ref.body}/{split}")
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         raise SourceError(
-            f"hf:{ref.body}@{ref.revision}: could not open split {split!r}: {error}. Check the "
-            f"name, the revision, the split and the network"
+            f"hf:{ref.body}@{ref.revision}: could not read split {split!r}: "
+            f"{type(error).__name__}: {error}. Check the name, the revision, the split and the "
+            "network"
         ) from error
-    return _numbered(rows, f"hf:{ref.body}/{split}")
 
 
 def _builtin_rows(ref: DataRef) -> Rows:
