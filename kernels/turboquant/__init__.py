@@ -14,17 +14,25 @@ from stillhouse.kernels.turboquant.codec import (
     ScalarKind,
 )
 from stillhouse.kernels.turboquant.packing import pack, packed_bytes, unpack
+from stillhouse.kernels.turboquant.prod import PROD_BITS, ProdCodec, ProdVectors
 from stillhouse.kernels.turboquant.rotation import Rotation
+from stillhouse.kernels.turboquant.sketch import SKETCH_KINDS, Sketch, SketchKind
 
 __all__ = [
+    "PROD_BITS",
     "SCALAR_KINDS",
+    "SKETCH_KINDS",
     "SUPPORTED_BITS",
     "Codebook",
     "MseCodec",
     "NotFiniteError",
     "PackedVectors",
+    "ProdCodec",
+    "ProdVectors",
     "Rotation",
     "ScalarKind",
+    "Sketch",
+    "SketchKind",
     "distortion",
     "gaussian_codebook",
     "pack",
