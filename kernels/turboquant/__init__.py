@@ -5,9 +5,12 @@ from stillhouse.kernels.turboquant.codebook import (
     Codebook,
     distortion,
     gaussian_codebook,
+    sphere_codebook,
 )
 from stillhouse.kernels.turboquant.codec import (
+    COORDINATE_LAWS,
     SCALAR_KINDS,
+    CoordinateLaw,
     MseCodec,
     NotFiniteError,
     PackedVectors,
@@ -19,11 +22,13 @@ from stillhouse.kernels.turboquant.rotation import Rotation
 from stillhouse.kernels.turboquant.sketch import SKETCH_KINDS, Sketch, SketchKind
 
 __all__ = [
+    "COORDINATE_LAWS",
     "PROD_BITS",
     "SCALAR_KINDS",
     "SKETCH_KINDS",
     "SUPPORTED_BITS",
     "Codebook",
+    "CoordinateLaw",
     "MseCodec",
     "NotFiniteError",
     "PackedVectors",
@@ -37,5 +42,6 @@ __all__ = [
     "gaussian_codebook",
     "pack",
     "packed_bytes",
+    "sphere_codebook",
     "unpack",
 ]

@@ -20,12 +20,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from stillhouse.kernels.turboquant.codebook import gaussian_codebook
+from stillhouse.kernels.turboquant.codebook import gaussian_codebook, sphere_codebook
 from stillhouse.kernels.turboquant.packing import pack, packed_bytes, unpack
 from stillhouse.kernels.turboquant.rotation import Rotation
 
 ScalarKind = Literal["norm", "corrected", "unbiased", "least_squares"]
 SCALAR_KINDS: tuple[ScalarKind, ...] = get_args(ScalarKind)
+CoordinateLaw = Literal["gaussian", "sphere"]
+COORDINATE_LAWS: tuple[CoordinateLaw, ...] = get_args(CoordinateLaw)
 
 _INPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TINY = 1e-20  # guards 0/0 for the zero vector; ⟨y, c⟩ of any other vector is above 1e-5
@@ -65,7 +67,9 @@ class MseCodec:
     head_dim: D, a multiple of 8. bits: 1…5 or 8. scalar: which estimator decodes, at equal bytes:
     `norm` ‖x‖ (the paper's; shrinks inner products by 1 - D(bits)), `corrected` ‖x‖/‖c‖,
     `unbiased` ‖x‖/⟨y, c⟩ (unbiased over the rotation: keys), `least_squares` ‖x‖⟨y, c⟩/‖c‖²
-    (least reconstruction error: values). seed: of the rotation's signs. ValueError for others.
+    (least reconstruction error: values). seed: of the rotation's signs. law: the
+    codebook's, exactly that of a point of the `sphere` or its `gaussian` limit. ValueError for
+    others.
     """
 
     def __init__(
@@ -75,11 +79,14 @@ class MseCodec:
         scalar: ScalarKind,
         seed: int = 0,
         *,
+        law: CoordinateLaw = "gaussian",
         device: torch.device | str = "cpu",
     ) -> None:
         if scalar not in SCALAR_KINDS:
             raise ValueError(f"expected a scalar in {SCALAR_KINDS}, found {scalar!r}")
-        codebook = gaussian_codebook(bits)
+        if law not in COORDINATE_LAWS:
+            raise ValueError(f"expected a law in {COORDINATE_LAWS}, found {law!r}")
+        codebook = gaussian_codebook(bits) if law == "gaussian" else sphere_codebook(bits, head_dim)
         self.head_dim, self.bits, self.scalar, self.seed = head_dim, bits, scalar, seed
         self.rotation = Rotation.seeded(head_dim, seed, device)
         # Explicit dtypes: a serving engine builds models under a bfloat16 default dtype.

@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from stillhouse.kernels.turboquant.codebook import SUPPORTED_BITS, distortion, gaussian_codebook
+from stillhouse.kernels.turboquant.codebook import (
+    SUPPORTED_BITS,
+    distortion,
+    gaussian_codebook,
+    sphere_codebook,
+)
+from stillhouse.kernels.turboquant.laws import sphere_law
 from stillhouse.kernels.turboquant.reference import lloyd_max_reference
 
 POSITIVE_HALF = {
@@ -75,3 +81,37 @@ def test_eight_bits_is_a_fixed_point_by_quadrature():
 def test_other_bits_are_refused(bits):
     with pytest.raises(ValueError, match=r"expected bits in \(1, 2, 3, 4, 5, 8\)"):
         gaussian_codebook(bits)
+
+
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
+def test_in_three_dimensions_a_coordinate_is_uniform_and_so_are_the_levels(bits):
+    # Archimedes: u_1 is uniform on [-1, 1]; times √3, cells of 2√3 / 2^b have the error 4^-b.
+    book = sphere_codebook(bits, 3)
+    width = 2 * math.sqrt(3) / 2**bits
+    expected = [-math.sqrt(3) + width * (i + 0.5) for i in range(2**bits)]
+    assert book.centroids == pytest.approx(expected, abs=1e-9)
+    assert book.distortion == pytest.approx(4.0**-bits, rel=1e-7)
+
+
+@pytest.mark.parametrize("dim", [4, 64, 80])
+def test_the_law_of_a_sphere_by_quadrature(dim):
+    law = sphere_law(dim)
+    for low in (0.0, 0.3, 1.5):
+        steps = 400_000
+        x = low + (torch.arange(steps, dtype=torch.float64) + 0.5) * (law.end - low) / steps
+        weight = (1 - x.square() / dim) ** ((dim - 3) / 2)
+        weight *= law.density(0.0) * (law.end - low) / steps
+        assert law.tail(low) == pytest.approx(float(weight.sum()), rel=1e-6)
+        assert law.tail_sum(low) == pytest.approx(float((x * weight).sum()), rel=1e-6)
+    assert law.tail(0.0) == pytest.approx(0.5, rel=1e-12)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
+def test_the_sphere_of_many_dimensions_is_gaussian(bits):
+    assert sphere_codebook(bits, 4096).distortion == pytest.approx(distortion(bits), rel=1e-3)
+    assert sphere_codebook(bits, 64).distortion < distortion(bits)
+
+
+def test_a_sphere_of_two_dimensions_is_refused():
+    with pytest.raises(ValueError, match="expected at least 3 dimensions, found 2"):
+        sphere_codebook(2, 2)

@@ -8,7 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stillhouse.kernels.turboquant import SCALAR_KINDS, MseCodec, distortion, gaussian_codebook
+from stillhouse.kernels.turboquant import (
+    COORDINATE_LAWS,
+    SCALAR_KINDS,
+    MseCodec,
+    distortion,
+    gaussian_codebook,
+    sphere_codebook,
+)
 from stillhouse.kernels.turboquant.reference import (
     haar_rotation,
     lloyd_max_reference,
@@ -80,6 +87,17 @@ def test_error_on_gaussian_data_is_the_distortion(dim, bits):
     assert error == pytest.approx(expected, rel=0.015)  # rare tails make the mean noisy
     # A finite head size cuts the tails, so the error stays a little under the table's D(bits).
     assert (1 - 2.7 / dim) * distortion(bits) < expected < distortion(bits)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_the_codebook_of_the_sphere_has_the_error_it_says_and_less_than_the_gaussian(bits):
+    x = gaussian(2**21 // 16, 16)
+    error = {}
+    for law in COORDINATE_LAWS:
+        codec = MseCodec(16, bits, "norm", law=law)
+        error[law] = relative_error(x, codec.decode(codec.encode(x)))
+    assert error["sphere"] == pytest.approx(sphere_codebook(bits, 16).distortion, rel=0.005)
+    assert error["sphere"] < error["gaussian"]
 
 
 def test_unbiased_is_unbiased_over_haar_rotations_for_one_pair():
