@@ -58,14 +58,96 @@ def run(
 
 
 @app.command()
-def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Print what would run, what is reused and why, with estimates."""
-    from stillhouse.cli.tables import show_plan
+def plan(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(help="A shipped recipe's name, or a YAML file.", show_default=False),
+    ] = None,
+    overrides: Overrides = None,
+    cache: Annotated[
+        bool, typer.Option("--cache", help="Only the size of the key/value cache.")
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(help="With --cache: a model, or its config.json; else the recipe's target."),
+    ] = None,
+    context: Annotated[
+        list[str] | None, typer.Option(help="Tokens, several with commas; else the model's own.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Sequences (1).")] = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="bf16, fp8, k4v4, …, vllm:4bit_nc; several with commas."),
+    ] = None,
+    sinks: Annotated[
+        int | None, typer.Option(min=0, help="First tokens kept in 16 bits (0).")
+    ] = None,
+    recent: Annotated[
+        int | None, typer.Option(min=0, help="Last tokens kept in 16 bits (0).")
+    ] = None,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", metavar="OUT", help="Write the sizes as JSON too.")
+    ] = None,
+) -> None:
+    """Print what would run, what is reused and why, with estimates; --cache: the cache's size."""
+    given = (model, context, batch, formats, sinks, recent, json_out)
+    if not cache and any(option is not None for option in given):
+        raise ConfigError(
+            "plan: expected --cache beside --model, --context, --batch, --format, --sinks, "
+            "--recent or --json, found none. Add --cache"
+        )
+    if cache:
+        if (recipe is None) == (model is None):
+            raise ConfigError(
+                "plan --cache: expected a recipe or --model, found "
+                f"{'neither' if model is None else 'both'}. "
+                "Write plan RECIPE --cache, or plan --cache --model MODEL"
+            )
+        config = None if recipe is None else _recipe(recipe, overrides)
+        _plan_cache(
+            config, model, context, formats, (batch or 1, sinks or 0, recent or 0), json_out
+        )
+        return
+    if recipe is None:
+        raise ConfigError(
+            "plan: expected a recipe, found none. Write plan RECIPE, or plan --cache --model MODEL"
+        )
+    _plan_run(_recipe(recipe, overrides))
+
+
+def _plan_run(config: "RecipeConfig") -> None:
+    from stillhouse.cli.tables import show_plan, show_target_cache
+    from stillhouse.pipelines.cache_planning import plan_target_cache
     from stillhouse.pipelines.local import local_runner
     from stillhouse.pipelines.planning import plan_run
 
-    config = _recipe(recipe, overrides)
     show_plan(plan_run(local_runner(config)))
+    try:
+        show_target_cache(plan_target_cache(config))
+    except StillhouseError as error:  # the stages' plan is none the worse
+        print(f"cache of the target: not known. {error}")
+
+
+def _plan_cache(
+    config: "RecipeConfig | None",
+    model: str | None,
+    context: list[str] | None,
+    formats: list[str] | None,
+    numbers: tuple[int, int, int],
+    out: Path | None,
+) -> None:
+    from stillhouse.cli.tables import show_cache
+    from stillhouse.pipelines.cache_planning import (
+        ask_cache,
+        plan_cache,
+        write_cache_plan,
+    )
+
+    ref = model if config is None else config.models.target
+    found = plan_cache(ref or "", ask_cache(config, context or (), formats or (), *numbers))
+    show_cache(found)
+    if out is not None:
+        write_cache_plan(found, out)
 
 
 @app.command()

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from stillhouse.pipelines.cache_planning import CachePlan, CacheRow
 from stillhouse.pipelines.diagnosis import Check
 from stillhouse.pipelines.estimates import Estimate
 from stillhouse.pipelines.planning import RunStatus, StagePlan
@@ -138,6 +139,50 @@ def _costs(cost: Estimate | None) -> tuple[str, ...]:
         _duration(cost.seconds),
         _estimated(cost.bytes / 1e6),
     )
+
+
+def show_target_cache(plan: CachePlan) -> None:
+    """Print how large the target's cache is at its context, a format in a line."""
+    terminal = Terminal(emoji=False)
+    context = plan.rows[0].context
+    terminal.print(
+        f"cache of the target at {context:,} tokens, one sequence:", highlight=False, markup=False
+    )
+    for row in plan.rows:
+        text = f"  {row.format}: {_gib(row.gib)} GiB = {_gib(row.gb)} GB"
+        terminal.print(f"{text} ({row.size.total:,} bytes)", highlight=False, markup=False)
+
+
+def show_cache(plan: CachePlan) -> None:
+    """Print the size of a model's cache, a context and format in a row."""
+    asked, layers = plan.question, plan.shape.layers
+    sliding = sum(layer.window is not None for layer in layers)
+    windows = f", sinks {asked.sinks}, recent {asked.recent}" if asked.sinks or asked.recent else ""
+    title = f"cache of {plan.shape.name}: {len(layers)} layers, {sliding} sliding, batch "
+    table = Table(
+        title=Text(f"{title}{asked.batch:,}{windows}"),
+        caption="all in: layers and tokens kept in 16 bits, scalars and tables are counted",
+    )
+    for column in ("context", "format", "bytes", "GiB", "GB", "bytes a token", "of bf16"):
+        table.add_column(column, justify="left" if column == "format" else "right", overflow="fold")
+    for row in plan.rows:
+        table.add_row(*_cache_cells(row))
+    _wide_terminal().print(table)
+
+
+def _cache_cells(row: CacheRow) -> tuple[str, ...]:
+    size = (f"{row.size.total:,}", _gib(row.gib), _gib(row.gb))
+    return (
+        f"{row.context:,}",
+        row.format,
+        *size,
+        f"{row.bytes_per_token:,.0f}",
+        f"1/{row.ratio:.2f}",
+    )
+
+
+def _gib(value: float) -> str:
+    return f"{value:,.1f}" if value >= 10 else f"{value:.3g}"
 
 
 def _duration(seconds: float) -> str:

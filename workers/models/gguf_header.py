@@ -24,6 +24,10 @@ _DIMENSIONS = 4  # ggml's most
 _DEEPEST = 8  # arrays inside arrays; none are in use
 
 
+class ArrayLength(int):
+    """The length of an array, which is all that is read of it; no value of its own."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
     """A tensor as the header lists it; `offset` counts from the start of the data."""
@@ -126,7 +130,7 @@ def _value(stream: BinaryIO, kind: int) -> object:
     if kind == _STRING:
         return _string(stream).decode(errors="replace")
     if kind == _ARRAY:
-        return _skip_array(stream)
+        return ArrayLength(_skip_array(stream))
     return _take(stream, _layout(kind))[0]
 
 
