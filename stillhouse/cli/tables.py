@@ -158,16 +158,17 @@ def show_cache(plan: CachePlan) -> None:
     asked, layers = plan.question, plan.shape.layers
     sliding = sum(layer.window is not None for layer in layers)
     windows = f", sinks {asked.sinks}, recent {asked.recent}" if asked.sinks or asked.recent else ""
+    terminal = _wide_terminal()
     title = f"cache of {plan.shape.name}: {len(layers)} layers, {sliding} sliding, batch "
+    terminal.print(f"{title}{asked.batch:,}{windows}", highlight=False, markup=False)
     table = Table(
-        title=Text(f"{title}{asked.batch:,}{windows}"),
         caption="all in: layers and tokens kept in 16 bits, scalars and tables are counted",
     )
     for column in ("context", "format", "bytes", "GiB", "GB", "bytes a token", "of bf16"):
         table.add_column(column, justify="left" if column == "format" else "right", overflow="fold")
     for row in plan.rows:
         table.add_row(*_cache_cells(row))
-    _wide_terminal().print(table)
+    terminal.print(table)
 
 
 def _cache_cells(row: CacheRow) -> tuple[str, ...]:
@@ -182,7 +183,9 @@ def _cache_cells(row: CacheRow) -> tuple[str, ...]:
 
 
 def _gib(value: float) -> str:
-    return f"{value:,.1f}" if value >= 10 else f"{value:.3g}"
+    if value >= 10:
+        return f"{value:,.1f}"
+    return f"{value:#.3g}" if value >= 1e-3 else f"{value:.6f}"
 
 
 def _duration(seconds: float) -> str:

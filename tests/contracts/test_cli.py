@@ -292,7 +292,9 @@ def test_doctor_names_the_cure(ask, tmp_path: Path) -> None:
     assert "expected a file at" in done.out
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("run", "--help"), ("doctor", "tiny")])
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("run", "--help"), ("doctor", "tiny"), ("plan", "tiny", "--cache")]
+)
 def test_help_and_doctor_load_nothing_heavy(cache_root: Path, arguments: tuple[str, ...]) -> None:
     done, loaded = loads(cache_root, *arguments)
     assert done.returncode in {0, 1}, done.stderr
