@@ -163,6 +163,28 @@ def test_plan_of_a_new_run_has_estimates(ask, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []  # planning makes nothing
 
 
+def test_plan_tells_the_targets_cache(ask, tmp_path: Path) -> None:
+    held = 2 * 32 * 2 * (512 + 15)  # bytes in 16 bits: a full layer, and one that slides by 16
+    assert f"{held:,} bytes" in ask("plan", "tiny", f"runs_root={tmp_path}").out
+    out = ask("plan", "tiny", "--cache", "--context", "512", "--format", "bf16").out
+    assert f" {held:,} " in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        ((), "expected a recipe, found none"),
+        (("tiny", "--batch", "2"), "expected --cache beside"),
+        (("--cache",), "expected a recipe or --model, found neither"),
+        (("tiny", "--cache", "--model", "toy:llama"), "found both"),
+    ],
+)
+def test_plan_options_that_do_not_fit(ask, arguments: tuple[str, ...], found: str) -> None:
+    done = ask("plan", *arguments)
+    assert done.code == 2
+    assert found in done.err
+
+
 # Query and trace
 
 

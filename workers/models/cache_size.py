@@ -139,4 +139,4 @@ def _tables(shape: CacheShape, form: StoredFormat) -> int:
 
 def _codec_tables(dim: int, bits: int) -> int:
     """float32: the rotation and its signs, 2^bits centroids and the boundaries between them."""
-    return 4 * (dim * dim + dim + 2**bits + 2**bits - 1)
+    return 4 * (dim * dim + dim + 2 * (1 << bits) - 1)
