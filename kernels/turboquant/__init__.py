@@ -1,5 +1,12 @@
 """TurboQuant (arXiv:2504.19874): vectors to a few bits a coordinate and one float16 scalar."""
 
+from stillhouse.kernels.turboquant.balance import (
+    BalancedBasis,
+    ChannelGroup,
+    balance,
+    choose_groups,
+    expected_cost,
+)
 from stillhouse.kernels.turboquant.codebook import (
     SUPPORTED_BITS,
     Codebook,
@@ -16,6 +23,7 @@ from stillhouse.kernels.turboquant.codec import (
     PackedVectors,
     ScalarKind,
 )
+from stillhouse.kernels.turboquant.fitted import FittedCodec, FittedScalar, HeadFit, fit_heads
 from stillhouse.kernels.turboquant.packing import pack, packed_bytes, unpack
 from stillhouse.kernels.turboquant.prod import PROD_BITS, ProdCodec, ProdVectors
 from stillhouse.kernels.turboquant.rotation import Rotation
@@ -27,8 +35,13 @@ __all__ = [
     "SCALAR_KINDS",
     "SKETCH_KINDS",
     "SUPPORTED_BITS",
+    "BalancedBasis",
+    "ChannelGroup",
     "Codebook",
     "CoordinateLaw",
+    "FittedCodec",
+    "FittedScalar",
+    "HeadFit",
     "MseCodec",
     "NotFiniteError",
     "PackedVectors",
@@ -38,7 +51,11 @@ __all__ = [
     "ScalarKind",
     "Sketch",
     "SketchKind",
+    "balance",
+    "choose_groups",
     "distortion",
+    "expected_cost",
+    "fit_heads",
     "gaussian_codebook",
     "pack",
     "packed_bytes",

@@ -34,12 +34,10 @@ class Sketch:
         """The sketch of a head size and a seed; ValueError for another kind."""
         if kind not in SKETCH_KINDS:
             raise ValueError(f"expected a sketch in {SKETCH_KINDS}, found {kind!r}")
-        normal_DD = _gaussian_matrix(dim, seed)
         if kind == "gaussian":
             # E[s sign(s·x)] = √(2/π) x / ‖x‖ for each of D rows.
-            return cls(normal_DD.float().to(device), math.sqrt(math.pi / 2) / dim)
-        factors = torch.linalg.qr(normal_DD)
-        haar_DD = factors.Q * factors.R.diagonal().sign()
+            return cls(_gaussian_matrix(dim, seed).float().to(device), math.sqrt(math.pi / 2) / dim)
+        haar_DD = haar_matrix(dim, seed)
         return cls(haar_DD.float().to(device), 1 / (dim * mean_coordinate(dim)))
 
     def signs(self, x_D: Tensor) -> Tensor:
@@ -54,6 +52,13 @@ class Sketch:
 def mean_coordinate(dim: int) -> float:
     """E|u_1| = Γ(d/2) / (√π Γ((d+1)/2)) for u uniform on the unit sphere of d dimensions."""
     return math.exp(math.lgamma(dim / 2) - math.lgamma((dim + 1) / 2)) / math.sqrt(math.pi)
+
+
+def haar_matrix(dim: int, seed: int) -> Tensor:
+    """float64 [D, D] on the CPU: a rotation of the Haar law (QR, signs fixed by diag(R))."""
+    factors = torch.linalg.qr(_gaussian_matrix(dim, seed))
+    rotation: Tensor = factors.Q * factors.R.diagonal().sign()
+    return rotation
 
 
 def _gaussian_matrix(dim: int, seed: int) -> Tensor:

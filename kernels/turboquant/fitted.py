@@ -1,0 +1,175 @@
+"""The codec fitted to one layer's heads: a mean, a linear map, channel groups, one scalar.
+
+z = T (x - μ) with μ and T of the head; z / ‖z‖ · √D is rounded as in the mse codec
+(arXiv:2504.19874, Algorithm 1), but each group of channels with its own codebook. T is the balanced
+map (`balance`), each group rotated in itself and divided by its root mean spread, so that all
+channels have variance 1 and one float16 scalar serves the vector. The errors of a group with mean
+spread v cost v² what they cost with v = 1: the scalar is the estimator of that weighted inner
+product (`unbiased`, for keys) or of least weighted error (`least_squares`, for values).
+
+Shape suffixes: B sequences, H heads, T tokens, D head size, P packed bytes.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stillhouse.kernels.turboquant.balance import BalancedBasis, ChannelGroup
+from stillhouse.kernels.turboquant.codebook import gaussian_codebook
+from stillhouse.kernels.turboquant.codec import PackedVectors
+from stillhouse.kernels.turboquant.packing import pack, packed_bytes, unpack
+from stillhouse.kernels.turboquant.sketch import haar_matrix
+
+FittedScalar = Literal["unbiased", "least_squares"]
+_INPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_TINY = 1e-20
+
+
+@dataclass(frozen=True, slots=True)
+class HeadFit:
+    """What is known of a layer's keys or values, float32 on one device.
+
+    mean_HD: μ. map_HDD: T. inverse_HDD: T^-1. weight_HD: cost of a unit error in each coded
+    channel. groups: of consecutive channels, D in all, the same for every head.
+    """
+
+    mean_HD: Tensor
+    map_HDD: Tensor
+    inverse_HDD: Tensor
+    weight_HD: Tensor
+    groups: tuple[ChannelGroup, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the four tensors."""
+        tensors = (self.mean_HD, self.map_HDD, self.inverse_HDD, self.weight_HD)
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    def to(self, device: torch.device | str) -> "HeadFit":
+        """The same on another device."""
+        return HeadFit(
+            self.mean_HD.to(device),
+            self.map_HDD.to(device),
+            self.inverse_HDD.to(device),
+            self.weight_HD.to(device),
+            self.groups,
+        )
+
+
+def fit_heads(
+    mean_HD: Tensor, basis: BalancedBasis, groups: Sequence[ChannelGroup], seed: int = 0
+) -> HeadFit:
+    """The fit for vectors of this mean whose centred covariance and weight gave `basis`.
+
+    seed: of the rotations inside the groups. ValueError when the groups do not cover D.
+    """
+    dim = basis.spread_HD.shape[-1]
+    if sum(group.channels for group in groups) != dim:
+        raise ValueError(f"expected groups of {dim} channels in all, found {list(groups)}")
+    map_HDD, weight_HD = torch.empty_like(basis.map_HDD), torch.empty_like(basis.spread_HD)
+    start = 0
+    for number, group in enumerate(groups):
+        rows = slice(start, start + group.channels)
+        spread_H = basis.spread_HD[:, rows].mean(-1)
+        rotation = haar_matrix(group.channels, seed + number).to(basis.map_HDD.device)
+        map_HDD[:, rows] = rotation @ basis.map_HDD[:, rows] / spread_H.sqrt()[:, None, None]
+        weight_HD[:, rows] = spread_H.square()[:, None]
+        start = rows.stop
+    # The scale of the weights changes nothing; theirs is often below float32's normal range.
+    weight_HD = weight_HD / weight_HD.amax(-1, keepdim=True)
+    inverse_HDD = torch.linalg.inv(map_HDD)
+    return HeadFit(
+        mean_HD.float(), map_HDD.float(), inverse_HDD.float(), weight_HD.float(), tuple(groups)
+    )
+
+
+class FittedCodec:
+    """Encodes one layer's keys or values as its fit says; the tables lie on the fit's device."""
+
+    def __init__(self, fit: HeadFit, scalar: FittedScalar) -> None:
+        if scalar not in ("unbiased", "least_squares"):
+            raise ValueError(f"expected `unbiased` or `least_squares`, found {scalar!r}")
+        self.fit, self.scalar = fit, scalar
+        self.heads, self.head_dim = fit.mean_HD.shape
+        device = fit.mean_HD.device
+        self._centroids: dict[int, Tensor] = {}
+        self._boundaries: dict[int, Tensor] = {}
+        for bits in {group.bits for group in fit.groups if group.bits}:
+            book = gaussian_codebook(bits)
+            # Explicit dtypes: a serving engine builds models under a bfloat16 default dtype.
+            self._centroids[bits] = torch.tensor(book.centroids, dtype=torch.float32, device=device)
+            self._boundaries[bits] = torch.tensor(
+                book.boundaries, dtype=torch.float32, device=device
+            )
+
+    @property
+    def bytes_per_vector(self) -> int:
+        """Bytes stored for one vector: every group's packed indices and the float16 scalar."""
+        return 2 + sum(packed_bytes(g.channels, g.bits) for g in self.fit.groups if g.bits)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tables: the fit, centroids and boundaries."""
+        books = (*self._centroids.values(), *self._boundaries.values())
+        return self.fit.nbytes + sum(book.untyped_storage().nbytes() for book in books)
+
+    def encode(self, x_BHTD: Tensor) -> PackedVectors:
+        """float32/float16/bfloat16 [B, H, T, D] → packed vectors [B, H, T]; float32 arithmetic.
+
+        Raises as `MseCodec.encode`; H must be the fit's too.
+        """
+        if x_BHTD.dtype not in _INPUT_DTYPES or x_BHTD.shape[-3::2] != (self.heads, self.head_dim):
+            raise ValueError(
+                f"expected float32, float16 or bfloat16 [..., {self.heads}, T, {self.head_dim}], "
+                f"found {x_BHTD.dtype} {list(x_BHTD.shape)}"
+            )
+        centred = x_BHTD.detach().float() - self.fit.mean_HD[:, None]
+        coded = centred @ self.fit.map_HDD.mT
+        norm = torch.linalg.vector_norm(coded, dim=-1)
+        unit = coded * torch.where(norm > 0, math.sqrt(self.head_dim) / norm, 0.0)[..., None]
+        widths = [group.channels for group in self.fit.groups]
+        planes, centroids = [], []
+        for group, part in zip(self.fit.groups, unit.split(widths, dim=-1), strict=True):
+            if not group.bits:
+                centroids.append(torch.zeros_like(part))
+                continue
+            index = torch.bucketize(part.contiguous(), self._boundaries[group.bits], out_int32=True)
+            planes.append(pack(index.to(torch.uint8), group.bits))
+            centroids.append(self._look_up(index, group.bits))
+        scalars = norm * self._factor(unit, torch.cat(centroids, dim=-1))
+        packed = PackedVectors(torch.cat(planes, dim=-1), scalars.half())
+        if x_BHTD.device.type == "cpu":
+            packed.require_finite()
+        return packed
+
+    def decode(self, packed: PackedVectors, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Packed vectors → `dtype` [B, H, T, D]; float32 arithmetic, rounded once at the end."""
+        parts, start = [], 0
+        for group in self.fit.groups:
+            if not group.bits:
+                shape = (*packed.scalars.shape, group.channels)
+                parts.append(torch.zeros(shape, device=packed.scalars.device))
+                continue
+            stop = start + packed_bytes(group.channels, group.bits)
+            index = unpack(packed.indices[..., start:stop], group.bits, group.channels)
+            parts.append(self._look_up(index.int(), group.bits))
+            start = stop
+        scale = packed.scalars.float() / math.sqrt(self.head_dim)
+        coded = torch.cat(parts, dim=-1) * scale[..., None]
+        return (coded @ self.fit.inverse_HDD.mT + self.fit.mean_HD[:, None]).to(dtype)
+
+    def _look_up(self, index: Tensor, bits: int) -> Tensor:
+        return self._centroids[bits].index_select(0, index.reshape(-1)).view(index.shape)
+
+    def _factor(self, unit: Tensor, centroid: Tensor) -> Tensor:
+        """What the norm is multiplied by, [B, H, T]."""
+        weight_HD = self.fit.weight_HD[:, None]
+        inner = (weight_HD * unit * centroid).sum(-1)
+        if self.scalar == "unbiased":
+            return (weight_HD * unit.square()).sum(-1) / inner.clamp_min(_TINY)
+        length: Tensor = (weight_HD * centroid.square()).sum(-1)
+        return inner / length
