@@ -23,7 +23,15 @@ from stillhouse.kernels.turboquant.codec import (
     PackedVectors,
     ScalarKind,
 )
+from stillhouse.kernels.turboquant.contract import (
+    VectorCodec,
+    join,
+    map_tensors,
+    nbytes_of,
+    tensors_of,
+)
 from stillhouse.kernels.turboquant.fitted import FittedCodec, FittedScalar, HeadFit, fit_heads
+from stillhouse.kernels.turboquant.half import HalfCodec, HalfVectors, to_half
 from stillhouse.kernels.turboquant.packing import pack, packed_bytes, unpack
 from stillhouse.kernels.turboquant.prod import PROD_BITS, ProdCodec, ProdVectors
 from stillhouse.kernels.turboquant.rotation import Rotation
@@ -41,6 +49,8 @@ __all__ = [
     "CoordinateLaw",
     "FittedCodec",
     "FittedScalar",
+    "HalfCodec",
+    "HalfVectors",
     "HeadFit",
     "MseCodec",
     "NotFiniteError",
@@ -51,14 +61,20 @@ __all__ = [
     "ScalarKind",
     "Sketch",
     "SketchKind",
+    "VectorCodec",
     "balance",
     "choose_groups",
     "distortion",
     "expected_cost",
     "fit_heads",
     "gaussian_codebook",
+    "join",
+    "map_tensors",
+    "nbytes_of",
     "pack",
     "packed_bytes",
     "sphere_codebook",
+    "tensors_of",
+    "to_half",
     "unpack",
 ]
