@@ -4,7 +4,7 @@ Shape letters: T positions of a text, C positions of a chunk, D hidden size, V v
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from stillhouse.configs.stages import CompressConfig
 from stillhouse.kernels.turboquant import NotFiniteError
 from stillhouse.workers.batching import pad_right
-from stillhouse.workers.cache import CacheFormat, TurboQuantCache
+from stillhouse.workers.cache import CacheFactory, CacheFormat, ObliviousScheme, TurboQuantCache
 from stillhouse.workers.models.language_model import LanguageModel, decoder_and_head
 from stillhouse.workers.projection import core, hidden_states
 from stillhouse.workers.protocols import CacheBytes, CacheMeasure, Failed
@@ -24,18 +24,22 @@ NOT_FINITE = "not_finite: the model gives a token of the text no log-probability
 CHUNK = 32  # positions at a time: 64 MiB a matrix in float64 at 262,144 words
 
 
-def compressed_cache_factory(
-    lm: LanguageModel, config: CompressConfig
-) -> Callable[[], TurboQuantCache]:
-    """Makes empty caches of the configured format for this model."""
-    layout = CacheFormat(
-        key_bits=config.key_bits,
-        value_bits=config.value_bits,
-        key_scalar=config.key_scalar,
-        value_scalar=config.value_scalar,
-        seed=config.seed,
+def compressed_cache_factory(lm: LanguageModel, config: CompressConfig) -> CacheFactory:
+    """Makes empty caches of the configured format for this model; they share their tables."""
+    scheme = ObliviousScheme(
+        CacheFormat(
+            key_bits=config.key_bits,
+            value_bits=config.value_bits,
+            key_scalar=config.key_scalar,
+            value_scalar=config.value_scalar,
+            seed=config.seed,
+        )
     )
-    return lambda: TurboQuantCache(core(lm).config, layout)
+
+    def make(padding: Sequence[int] | None = None) -> TurboQuantCache:
+        return TurboQuantCache(core(lm).config, scheme, padding)
+
+    return make
 
 
 def measure_cache(
@@ -112,10 +116,9 @@ def _measure_text(
     measure = _compare(lm, full_TD, packed_TD, target_T)
     if not _is_finite(measure):
         return Failed(NOT_FINITE)
-    allocated = packed.nbytes
-    packed.reset()  # type: ignore[no-untyped-call]  # transformers gives it no return type
-    tables = packed.nbytes  # what stays without a token
-    return measure, _Bytes(len(ids) - 1, allocated - tables, tables, bytes_in_16_bits(full))
+    tables = packed.table_nbytes
+    stored = packed.nbytes - tables
+    return measure, _Bytes(len(ids) - 1, stored, tables, bytes_in_16_bits(full))
 
 
 def bytes_in_16_bits(cache: DynamicCache) -> int:

@@ -4,14 +4,13 @@ Shape letters: B rows of a batch, T positions, V vocabulary.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import (
-    Cache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -21,12 +20,12 @@ from transformers import (
 )
 
 from stillhouse.workers.batching import length_buckets, pad_left, set_broken_aside
+from stillhouse.workers.cache import CacheFactory
 from stillhouse.workers.models.language_model import LanguageModel
 from stillhouse.workers.projection import core
 from stillhouse.workers.protocols import Completion, Decoding, Failed
 
 NOT_FINITE = "not_finite: the model gives the next token no number"
-CacheFactory = Callable[[], Cache]
 
 
 def generate(
@@ -81,6 +80,8 @@ def _generate_batch(
     processors = LogitsProcessorList([finite])
     if how.temperature > 0:
         processors.append(_GumbelNoise(how, members, model.device))
+    padding = [batch.ids.shape[1] - len(row) for row in rows]
+    cache = None if cache_factory is None else cache_factory(padding)
     with _no_inherited_decoding(model):
         output_BT = model.generate(
             batch.ids,
@@ -88,7 +89,7 @@ def _generate_batch(
             generation_config=_greedy(lm, how),
             logits_processor=processors,
             stopping_criteria=StoppingCriteriaList([end]),
-            past_key_values=None if cache_factory is None else cache_factory(),
+            past_key_values=cache,
         )
     new_BT = output_BT[:, batch.ids.shape[1] :].tolist()
     return [

@@ -32,8 +32,7 @@ from stillhouse.workers.protocols import (
 )
 
 if TYPE_CHECKING:
-    from transformers import Cache
-
+    from stillhouse.workers.cache import CacheFactory
     from stillhouse.workers.models.language_model import LanguageModel, TextCodec
 
 
@@ -228,9 +227,7 @@ def _silence_progress_bars() -> None:
     logging.disable_progress_bar()
 
 
-def _cache_factory(
-    lm: "LanguageModel", config: CompressConfig | None
-) -> "Callable[[], Cache] | None":
+def _cache_factory(lm: "LanguageModel", config: CompressConfig | None) -> "CacheFactory | None":
     if config is None:
         return None
     from stillhouse.workers.divergence import compressed_cache_factory

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from stillhouse.kernels.token_logprob import token_logprob
-from stillhouse.workers.batching import PaddedBatch, pad_right
+from stillhouse.workers.batching import PaddedBatch, pad_left, pad_right
+from stillhouse.workers.cache import CacheFactory
 from stillhouse.workers.models.language_model import LanguageModel, decoder_and_head
 
 
@@ -46,21 +47,26 @@ def hidden_states(lm: LanguageModel, batch: PaddedBatch, cache: Cache | None = N
 
 
 def target_logps(
-    lm: LanguageModel, rows: Sequence[TargetRow], cache: Cache | None = None
+    lm: LanguageModel, rows: Sequence[TargetRow], cache_factory: CacheFactory | None = None
 ) -> Tensor:
     """Log-probabilities (nats) of every row's targets, one row after the other: float32 `[N]`.
 
     The last token of a row is predicted and never read, so it is not sent through the model.
+    With a cache, rows end together, as when they are generated: its windows count from both ends.
     """
     device = core(lm).device
-    batch = pad_right([row.ids[:-1] for row in rows], lm.pad, device)
-    hidden_BTD = hidden_states(lm, batch, cache)
+    read = [row.ids[:-1] for row in rows]
+    batch = (pad_left if cache_factory else pad_right)(read, lm.pad, device)
     width = batch.ids.shape[1]
+    gaps = [width - len(ids) if cache_factory else 0 for ids in read]
+    cache = cache_factory(gaps) if cache_factory else None
+    hidden_BTD = hidden_states(lm, batch, cache)
     at: list[int] = []
     targets: list[int] = []
-    for index, row in enumerate(rows):
+    for index, (row, gap) in enumerate(zip(rows, gaps, strict=True)):
+        begin = index * width + gap
         first = len(row.ids) - row.targets
-        at.extend(range(index * width + first - 1, index * width + len(row.ids) - 1))
+        at.extend(range(begin + first - 1, begin + len(row.ids) - 1))
         targets.extend(row.ids[first:])
     hidden_ND = hidden_BTD.flatten(0, 1)[torch.tensor(at, device=device)]
     target_N = torch.tensor(targets, dtype=torch.long, device=device)

@@ -4,15 +4,15 @@ Only the positions that predict a response token are projected to the vocabulary
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 
 import torch
 from peft import PeftModel
-from transformers import Cache
 
 from stillhouse.workers.batching import length_buckets, set_broken_aside
+from stillhouse.workers.cache import CacheFactory
 from stillhouse.workers.models.language_model import LanguageModel
 from stillhouse.workers.projection import TargetRow, target_logps
 from stillhouse.workers.protocols import Failed, Pair, PairLogp, ResponseLogp
@@ -22,7 +22,7 @@ def response_logps(
     lm: LanguageModel,
     pairs: Sequence[Pair],
     batch_size: int,
-    cache_factory: Callable[[], Cache] | None = None,
+    cache_factory: CacheFactory | None = None,
 ) -> list[ResponseLogp | Failed]:
     """Log-probability (nats) of each token of each response, in the order of the pairs; no EOS.
 
@@ -56,11 +56,10 @@ def _row(lm: LanguageModel, pair: Pair) -> TargetRow | Failed:
 def _score_batch(
     lm: LanguageModel,
     members: Sequence[tuple[int, TargetRow]],
-    cache_factory: Callable[[], Cache] | None,
+    cache_factory: CacheFactory | None,
 ) -> list[ResponseLogp | Failed]:
     rows = [row for _, row in members]
-    cache = None if cache_factory is None else cache_factory()
-    logps = iter(target_logps(lm, rows, cache).tolist())
+    logps = iter(target_logps(lm, rows, cache_factory).tolist())
     return [_scored(row, list(islice(logps, row.targets))) for row in rows]
 
 

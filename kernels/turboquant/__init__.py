@@ -3,9 +3,11 @@
 from stillhouse.kernels.turboquant.balance import (
     BalancedBasis,
     ChannelGroup,
+    GroupChoice,
     balance,
     choose_groups,
     expected_cost,
+    group_curve,
 )
 from stillhouse.kernels.turboquant.codebook import (
     SUPPORTED_BITS,
@@ -49,6 +51,7 @@ __all__ = [
     "CoordinateLaw",
     "FittedCodec",
     "FittedScalar",
+    "GroupChoice",
     "HalfCodec",
     "HalfVectors",
     "HeadFit",
@@ -68,6 +71,7 @@ __all__ = [
     "expected_cost",
     "fit_heads",
     "gaussian_codebook",
+    "group_curve",
     "join",
     "map_tensors",
     "nbytes_of",

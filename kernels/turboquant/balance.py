@@ -79,6 +79,44 @@ def expected_cost(spread_HD: Tensor, groups: Sequence[ChannelGroup]) -> float:
     return _cost(_running_sums(spread_HD), groups)
 
 
+@dataclass(frozen=True, slots=True)
+class GroupChoice:
+    """Groups, the bits of all channels together, and the expected cost of one token."""
+
+    bits: int
+    cost: float
+    groups: tuple[ChannelGroup, ...]
+
+
+def group_curve(spread_HD: Tensor) -> tuple[GroupChoice, ...]:
+    """The cheapest groups by bits: the corners of the convex curve, bits rising and cost falling.
+
+    Between two corners a mixture of heads or layers does better than any choice above the line.
+    The first has one coded group at least.
+    """
+    sums = _running_sums(spread_HD)
+    best: dict[int, GroupChoice] = {}
+    for groups in _cuts(spread_HD.shape[-1]):
+        bits = sum(group.channels * group.bits for group in groups)
+        if not bits:
+            continue
+        cost = _cost(sums, groups)
+        if bits not in best or cost < best[bits].cost:
+            best[bits] = GroupChoice(bits, cost, groups)
+    corners: list[GroupChoice] = []
+    for choice in sorted(best.values(), key=lambda choice: choice.bits):
+        while len(corners) > 1 and _gain(corners[-2], corners[-1]) <= _gain(corners[-1], choice):
+            corners.pop()
+        if not corners or choice.cost < corners[-1].cost:
+            corners.append(choice)
+    return tuple(corners)
+
+
+def _gain(cheap: GroupChoice, dear: GroupChoice) -> float:
+    """Cost saved by a bit."""
+    return (cheap.cost - dear.cost) / (dear.bits - cheap.bits)
+
+
 def choose_groups(spread_HD: Tensor, bits: float) -> tuple[ChannelGroup, ...]:
     """The cheapest of all cuts into at most three groups with at most `bits` a channel on average.
 

@@ -8,7 +8,7 @@ Shape suffixes: B sequences, H heads, T tokens, D head size.
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -44,14 +44,17 @@ class VectorCodec(Protocol):
 
 def map_tensors(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
     """The same record with every tensor changed."""
+    changed: Any = record
     if isinstance(record, Tensor):
-        return change(record)
-    if isinstance(record, tuple):
-        return type(record)(map_tensors(part, change) for part in record)
-    if not dataclasses.is_dataclass(record) or isinstance(record, type):
+        changed = change(record)
+    elif isinstance(record, tuple):
+        changed = tuple(map_tensors(part, change) for part in record)
+    elif dataclasses.is_dataclass(record) and not isinstance(record, type):
+        parts = (getattr(record, field.name) for field in dataclasses.fields(record))
+        changed = type(record)(*(map_tensors(part, change) for part in parts))
+    else:
         raise TypeError(f"expected a tensor, a tuple or a dataclass, found {type(record).__name__}")
-    parts = (getattr(record, field.name) for field in dataclasses.fields(record))
-    return type(record)(*(map_tensors(part, change) for part in parts))
+    return cast(Record, changed)
 
 
 def tensors_of(record: object) -> list[Tensor]:

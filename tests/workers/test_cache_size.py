@@ -6,7 +6,7 @@ from transformers import DynamicCache
 
 from stillhouse.errors import ConfigError, ModelError
 from stillhouse.kernels.turboquant import SUPPORTED_BITS, MseCodec
-from stillhouse.workers.cache import CacheFormat, TurboQuantCache
+from stillhouse.workers.cache import CacheFormat, ObliviousScheme, TurboQuantCache
 from stillhouse.workers.models.cache_shape import CacheShape, LayerShape, cache_shape
 from stillhouse.workers.models.cache_size import cache_size, stored_format
 from tests.workers.cache_models import gemma, llama, step_logits, tokens
@@ -103,7 +103,9 @@ def test_the_rule_is_the_codecs(bits, dim):
 @pytest.mark.parametrize("length", [1, 7, 8, 20])
 @pytest.mark.parametrize("bits", [(4, 4), (3, 5), (8, 1)])
 def test_a_plan_is_what_the_compressed_cache_allocates(model, length, bits):
-    cache = TurboQuantCache(model.config, CacheFormat(key_bits=bits[0], value_bits=bits[1]))
+    cache = TurboQuantCache(
+        model.config, ObliviousScheme(CacheFormat(key_bits=bits[0], value_bits=bits[1]))
+    )
     pieces = [length] if length < 3 else [length - 2, 1, 1]
     step_logits(model, tokens(3, length), cache, pieces)
     planned = size(model.config.to_dict(), f"k{bits[0]}v{bits[1]}", length, batch=3)

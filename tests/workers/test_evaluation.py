@@ -195,6 +195,6 @@ def test_bytes_over_two_texts_by_hand(llama):
 
 
 def test_the_cache_has_the_configured_format(llama):
-    layout = compressed_cache_factory(llama, MIXED)().format
+    layout = compressed_cache_factory(llama, MIXED)().scheme.format
     found = (layout.key_bits, layout.value_bits, layout.key_scalar, layout.value_scalar)
     assert found == (3, 2, "norm", "least_squares")

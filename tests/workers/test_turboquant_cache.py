@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, Qwen3NextConfig
 
 from stillhouse.kernels.turboquant import MseCodec
-from stillhouse.workers.cache import CacheFormat, TurboQuantCache
+from stillhouse.workers.cache import CacheFormat, ObliviousScheme, TurboQuantCache
 from tests.workers.cache_models import (
     HEAD_DIM,
     HEADS,
@@ -104,7 +104,9 @@ def test_batch_operations_move_whole_sequences():
 
 @pytest.mark.parametrize(("bits", "record"), [(4, 16 // 2 + 2), (3, 6 + 2), (2, 4 + 2), (8, 18)])
 def test_bytes_are_those_of_the_format(model, bits, record):
-    cache = TurboQuantCache(model.config, CacheFormat(key_bits=bits, value_bits=bits))
+    cache = TurboQuantCache(
+        model.config, ObliviousScheme(CacheFormat(key_bits=bits, value_bits=bits))
+    )
     assert cache.nbytes == 0
     step_logits(model, tokens(3, 20), cache, [12, 1, 1, 6])
     # A sliding layer keeps WINDOW - 1 tokens. Tables: one codec each for keys and values.

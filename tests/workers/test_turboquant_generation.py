@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from stillhouse.workers.cache import CacheFormat, TurboQuantCache
+from stillhouse.workers.cache import CacheFormat, ObliviousScheme, TurboQuantCache
 from tests.workers.cache_models import step_logits, tokens
 
-EIGHT_BITS = CacheFormat(key_bits=8, value_bits=8)
+EIGHT_BITS = ObliviousScheme(CacheFormat(key_bits=8, value_bits=8))
 
 
 def kl(reference, other):

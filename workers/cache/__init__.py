@@ -1,5 +1,24 @@
 """Key/value caches for transformers that hold packed vectors."""
 
-from stillhouse.workers.cache.turboquant import CacheFormat, TurboQuantCache
+from stillhouse.workers.cache.plan import CachePlan, FittedScheme, LayerPlan
+from stillhouse.workers.cache.scheme import (
+    CACHE_KINDS,
+    CacheFormat,
+    CacheKind,
+    CacheScheme,
+    ObliviousScheme,
+)
+from stillhouse.workers.cache.turboquant import CacheFactory, TurboQuantCache
 
-__all__ = ["CacheFormat", "TurboQuantCache"]
+__all__ = [
+    "CACHE_KINDS",
+    "CacheFactory",
+    "CacheFormat",
+    "CacheKind",
+    "CachePlan",
+    "CacheScheme",
+    "FittedScheme",
+    "LayerPlan",
+    "ObliviousScheme",
+    "TurboQuantCache",
+]

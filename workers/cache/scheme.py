@@ -38,7 +38,10 @@ class CacheScheme(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CacheFormat:
-    """Bits (1…5 or 8) and stored scalar of keys and of values; the seed of the rotation's signs."""
+    """Bits (1…5 or 8) and stored scalar of keys and of values; windows in 16 bits.
+
+    seed: of the rotation's signs. sinks, recent: first and last tokens of a sequence.
+    """
 
     key_bits: int = 4
     value_bits: int = 4

@@ -1,0 +1,165 @@
+"""The cache plan: what a calibration found for every layer, as safetensors and JSON.
+
+Shape suffixes: H key/value heads, D head size.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from stillhouse.errors import ModelError
+from stillhouse.kernels.turboquant import (
+    ChannelGroup,
+    FittedCodec,
+    HalfCodec,
+    HeadFit,
+    VectorCodec,
+)
+from stillhouse.storage.durable import replace_file
+from stillhouse.workers.cache.scheme import CACHE_KINDS, CacheKind
+
+PLAN_VERSION = 1
+PLAN_FILE = "cache_plan.json"
+TENSOR_FILE = "cache_plan.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """How one layer's keys and values are coded; None keeps them in 16 bits."""
+
+    key: HeadFit | None
+    value: HeadFit | None
+
+    def fit(self, kind: CacheKind) -> HeadFit | None:
+        """Of the keys or of the values."""
+        return self.key if kind == "key" else self.value
+
+
+@dataclass(frozen=True, slots=True)
+class CachePlan:
+    """Fits of all layers, windows, and what the calibration says of itself: `facts`, plain JSON."""
+
+    layers: tuple[LayerPlan, ...]
+    sinks: int
+    recent: int
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> tuple[Path, Path]:
+        """Write both files; the JSON names the tensors' hash and is written last."""
+        tensors: dict[str, Tensor] = {}
+        rows = []
+        for index, layer in enumerate(self.layers):
+            row: dict[str, Any] = {}
+            for kind in CACHE_KINDS:
+                fit = layer.fit(kind)
+                row[kind] = None
+                if fit is not None:
+                    row[kind] = [[group.channels, group.bits] for group in fit.groups]
+                    for name, tensor in _stored(fit).items():
+                        tensors[f"layers.{index}.{kind}.{name}"] = tensor.cpu().contiguous()
+            rows.append(row)
+        data = save(tensors)
+        plan = {
+            "version": PLAN_VERSION,
+            "sinks": self.sinks,
+            "recent": self.recent,
+            "tensors": {"file": TENSOR_FILE, "sha256": hashlib.sha256(data).hexdigest()},
+            "groups": rows,
+            "facts": dict(self.facts),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = (folder / TENSOR_FILE, folder / PLAN_FILE)
+        replace_file(paths[0], data)
+        replace_file(paths[1], (json.dumps(plan, indent=1) + "\n").encode())
+        return paths
+
+    @classmethod
+    def load(cls, folder: Path) -> "CachePlan":
+        """Read what `save` wrote; ModelError when it is not whole or of another version."""
+        try:
+            plan = json.loads((folder / PLAN_FILE).read_bytes())
+            version = plan["version"]
+            if version != PLAN_VERSION:
+                raise ModelError(
+                    f"{folder / PLAN_FILE}: expected version {PLAN_VERSION}, found {version!r}; "
+                    "calibrate again with this version of stillhouse"
+                )
+            path = folder / plan["tensors"]["file"]
+            found = hashlib.sha256(path.read_bytes()).hexdigest()
+            if found != plan["tensors"]["sha256"]:
+                raise ModelError(
+                    f"{path}: expected sha256 {plan['tensors']['sha256']}, found {found}; "
+                    "calibrate again"
+                )
+            tensors = load_file(path)
+            layers = tuple(
+                LayerPlan(*(_fit(tensors, index, kind, row[kind]) for kind in CACHE_KINDS))
+                for index, row in enumerate(plan["groups"])
+            )
+            return cls(layers, plan["sinks"], plan["recent"], plan["facts"])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise ModelError(f"{folder}: expected a cache plan, found {error!r}") from error
+
+
+def _stored(fit: HeadFit) -> dict[str, Tensor]:
+    return {"mean": fit.mean_HD, "map": fit.map_HDD, "weight": fit.weight_HD}
+
+
+def _fit(
+    tensors: Mapping[str, Tensor], index: int, kind: str, groups: list[list[int]] | None
+) -> HeadFit | None:
+    if groups is None:
+        return None
+    mean_HD, map_HDD, weight_HD = (
+        tensors[f"layers.{index}.{kind}.{name}"] for name in ("mean", "map", "weight")
+    )
+    heads, dim = mean_HD.shape
+    if map_HDD.shape != (heads, dim, dim) or weight_HD.shape != (heads, dim):
+        raise ValueError(f"shapes of layer {index}'s {kind}s do not fit each other")
+    # The inverse is not stored: it follows from the map.
+    inverse_HDD = torch.linalg.inv(map_HDD.double()).float()
+    coded = tuple(ChannelGroup(channels, bits) for channels, bits in groups)
+    return HeadFit(mean_HD, map_HDD, inverse_HDD, weight_HD, coded)
+
+
+class FittedScheme:
+    """The codecs of a plan; keys `unbiased`, values `least_squares`."""
+
+    def __init__(self, plan: CachePlan) -> None:
+        self.plan = plan
+        self.sinks, self.recent = plan.sinks, plan.recent
+        self._codecs: dict[tuple[int, CacheKind, torch.device], VectorCodec] = {}
+
+    def codec(self, layer: int, kind: CacheKind, sample_BHTD: Tensor) -> VectorCodec:
+        """One a layer, kind and device; ValueError for another model's vectors."""
+        if layer >= len(self.plan.layers):
+            raise ValueError(
+                f"expected a model of {len(self.plan.layers)} layers, as the cache plan was made "
+                f"for, found a layer {layer}; calibrate for this model"
+            )
+        key = (layer, kind, sample_BHTD.device)
+        if key not in self._codecs:
+            self._codecs[key] = self._made(layer, kind, sample_BHTD)
+        return self._codecs[key]
+
+    def _made(self, layer: int, kind: CacheKind, sample_BHTD: Tensor) -> VectorCodec:
+        heads, dim = sample_BHTD.shape[1], sample_BHTD.shape[3]
+        fit = self.plan.layers[layer].fit(kind)
+        if fit is None:
+            return HalfCodec(dim)
+        if fit.mean_HD.shape != (heads, dim):
+            raise ValueError(
+                f"expected {fit.mean_HD.shape[0]} KV heads of size {fit.mean_HD.shape[1]} in layer "
+                f"{layer}, as the cache plan was made for, found {heads} of {dim}; calibrate for "
+                "this model"
+            )
+        fit = fit.to(sample_BHTD.device)
+        return FittedCodec(fit, "unbiased" if kind == "key" else "least_squares")

@@ -1,0 +1,92 @@
+"""Fits a compressed cache to a model: means, balanced maps, channel groups, bits by layer.
+
+The cost of every coding is predicted from the moments (`moments`), in nats of next-token KL a
+token, so bits go where they save most of it. Predictions are first order in the codebooks' errors
+and second order in the KL: within some percent at 4 bits, too low below 2.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from stillhouse.kernels.turboquant import (
+    BalancedBasis,
+    GroupChoice,
+    balance,
+    fit_heads,
+    group_curve,
+)
+from stillhouse.workers.bits import Part, allocate, reach
+from stillhouse.workers.cache import CachePlan, LayerPlan
+from stillhouse.workers.models.language_model import LanguageModel
+from stillhouse.workers.moments import LayerMoments, VectorMoments, stream_moments
+
+
+@dataclass(frozen=True, slots=True)
+class _Fitting:
+    """The keys or values of one layer before bits are chosen."""
+
+    moments: VectorMoments
+    basis: BalancedBasis
+    part: Part
+
+    @classmethod
+    def of(cls, moments: VectorMoments) -> "_Fitting":
+        # ½: what an error costs in nats.
+        basis = balance(moments.covariance(), moments.fisher() / 2)
+        return cls(moments, basis, Part(basis.spread_HD.shape[0], group_curve(basis.spread_HD)))
+
+
+class Calibration:
+    """Moments of a corpus, from which plans of any budget follow without another pass."""
+
+    def __init__(self, layers: Sequence[LayerMoments], sinks: int, recent: int, seed: int) -> None:
+        self._sinks, self._recent, self._seed = sinks, recent, seed
+        self._fittings = [
+            _Fitting.of(moments) for layer in layers for moments in (layer.key, layer.value)
+        ]
+        self.tokens = self._fittings[0].moments.tokens
+
+    @property
+    def channels(self) -> int:
+        """Coordinates of all keys and values of a token."""
+        return sum(fitting.basis.spread_HD.numel() for fitting in self._fittings)
+
+    def plan_of_bits(self, bits: float) -> CachePlan:
+        """The plan of least expected KL with at most `bits` a coordinate on average."""
+        parts = [fitting.part for fitting in self._fittings]
+        return self._plan(allocate(parts, int(bits * self.channels)))
+
+    def plan_of_kl(self, kl: float) -> CachePlan:
+        """The plan of fewest bits whose expected KL is at most `kl` nats a token."""
+        return self._plan(reach([fitting.part for fitting in self._fittings], kl))
+
+    def _plan(self, choices: Sequence[GroupChoice]) -> CachePlan:
+        fits = [
+            fit_heads(fitting.moments.mean(), fitting.basis, choice.groups, self._seed)
+            for fitting, choice in zip(self._fittings, choices, strict=True)
+        ]
+        pairs = zip(fits[::2], fits[1::2], strict=True)
+        bits = sum(
+            fitting.part.copies * choice.bits
+            for fitting, choice in zip(self._fittings, choices, strict=True)
+        )
+        facts = {
+            "bits_per_coordinate": bits / self.channels,
+            "expected_kl": sum(choice.cost for choice in choices),
+            "calibration_tokens": self.tokens,
+        }
+        layers = tuple(LayerPlan(key, value) for key, value in pairs)
+        return CachePlan(layers, self._sinks, self._recent, facts)
+
+
+def calibrate(
+    lm: LanguageModel,
+    rows: Iterable[Sequence[int]],
+    *,
+    sinks: int,
+    recent: int,
+    seed: int = 0,
+    notify: Callable[[int], None] = lambda _tokens: None,
+) -> Calibration:
+    """One pass, forward and backward, over token rows; see `stream_moments`."""
+    return Calibration(stream_moments(lm, rows, sinks, seed, notify), sinks, recent, seed)
