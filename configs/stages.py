@@ -108,12 +108,21 @@ class EvaluateConfig(Config):
 
 
 class CompressConfig(Config):
-    """The student's key/value cache: TurboQuant (arXiv:2504.19874), Algorithm 1."""
+    """The student's key/value cache: TurboQuant (arXiv:2504.19874), fitted to the student.
 
+    The fitted cache shares the bytes of `key_bits` and `value_bits` out anew, over layers, keys,
+    values and channels. Without `calibrate`, without a corpus, and at 8 bits every layer has the
+    paper's Algorithm 1 with these bits and scalars.
+    """
+
+    calibrate: bool = True
+    calibration_tokens: int = Field(4096, ge=64)  # of the corpus' training part
     key_bits: Literal[1, 2, 3, 4, 5, 8] = 4
     value_bits: Literal[1, 2, 3, 4, 5, 8] = 4
     key_scalar: Literal["norm", "corrected", "unbiased", "least_squares"] = "unbiased"
     value_scalar: Literal["norm", "corrected", "unbiased", "least_squares"] = "least_squares"
+    sinks: int = Field(4, ge=0)  # first tokens of a sequence, kept in 16 bits
+    recent: int = Field(0, ge=0)  # last tokens of a sequence, kept in 16 bits
     seed: int = 0
     texts: int = Field(64, ge=1)  # held-out texts whose next-token divergence is measured
     max_kl: float | None = Field(None, gt=0)  # quality budget, nats a token

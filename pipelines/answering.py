@@ -4,13 +4,13 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from stillhouse.configs.stages import CompressConfig
 from stillhouse.pipelines.stage import Part
 from stillhouse.pipelines.stage_run import StageRun
 from stillhouse.pipelines.text import render
 from stillhouse.storage.manifest import Counts
 from stillhouse.storage.records import EvaluationRecord, QuestionRecord
 from stillhouse.workers.protocols import (
+    CacheSpec,
     Completion,
     Decoding,
     Failed,
@@ -35,7 +35,7 @@ def answer_questions(
     arm: str,
     spec: ModelSpec,
     questions: Sequence[QuestionRecord],
-    cache: CompressConfig | None = None,
+    cache: CacheSpec | None = None,
 ) -> Part:
     """Answer and score questions with one model; with `cache`, on its compressed cache."""
     config, template = run.recipe.evaluate, run.recipe.data.template.response

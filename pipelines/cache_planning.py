@@ -103,7 +103,11 @@ def recipe_format(recipe: RecipeConfig) -> str:
 
 def plan_target_cache(recipe: RecipeConfig) -> CachePlan:
     """The target's cache at its own context, in 16 bits and in the recipe's format."""
-    return plan_cache(recipe.models.target, CacheQuestion(formats=("bf16", recipe_format(recipe))))
+    config = recipe.compress
+    question = CacheQuestion(
+        formats=("bf16", recipe_format(recipe)), sinks=config.sinks, recent=config.recent
+    )
+    return plan_cache(recipe.models.target, question)
 
 
 def ask_cache(

@@ -90,6 +90,7 @@ def _fresh(recipe: RecipeConfig) -> dict[str, Estimate]:
     pair = PROMPT_TOKENS + ANSWER_TOKENS
     listed = recipe.expand.shots * PROMPT_TOKENS
     asked = questions * len(recipe.evaluate.arms)
+    fitted = 3 * recipe.compress.calibration_tokens * recipe.compress.calibrate  # and back
     served = min(questions, recipe.deploy.questions)
     return {
         "ingest": _cost(pool + questions, 0, 0),
@@ -100,7 +101,7 @@ def _fresh(recipe: RecipeConfig) -> dict[str, Estimate]:
         "curate": _cost(corpus, 0, 0),
         "distill": _trained(corpus, target, recipe.distill),
         "evaluate": _cost(asked, asked * 2 * pair, base + target),
-        "compress": _cost(questions, questions * 4 * pair, 2 * target),
+        "compress": _cost(questions, questions * 4 * pair + fitted, 2 * target),
         "deploy": _cost(served, served * pair, 2 * target, files=4 * target),
     }
 

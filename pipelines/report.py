@@ -6,7 +6,13 @@ from typing import Any
 from stillhouse.configs.recipe import RecipeConfig
 from stillhouse.storage.manifest import Manifest, StageEntry
 
-CACHE_FIGURES = ("bytes_per_token_16bit", "bytes_per_token", "kl_mean", "perplexity_change")
+CACHE_FIGURES = (
+    "bytes_per_token_16bit",
+    "bytes_per_token",
+    "table_bytes",
+    "kl_mean",
+    "perplexity_change",
+)
 
 
 def build_report(

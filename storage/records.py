@@ -203,8 +203,9 @@ class CacheMeasureRecord(Record):
     kl_max: float | None
     logp_full: float | None  # sum over the text's tokens, nats
     logp_compressed: float | None
-    bytes_per_token: float | None  # allocated, all in
+    bytes_per_token: float | None  # over all texts: allocated, windows in, tables beside
     bytes_per_token_16bit: float | None
+    table_bytes: int | None
     status: Status
     reason: str | None
 

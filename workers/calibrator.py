@@ -19,6 +19,7 @@ from stillhouse.workers.bits import Part, allocate, reach
 from stillhouse.workers.cache import CachePlan, LayerPlan
 from stillhouse.workers.models.language_model import LanguageModel
 from stillhouse.workers.moments import LayerMoments, VectorMoments, stream_moments
+from stillhouse.workers.protocols import CalibrateJob
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,3 +91,32 @@ def calibrate(
 ) -> Calibration:
     """One pass, forward and backward, over token rows; see `stream_moments`."""
     return Calibration(stream_moments(lm, rows, sinks, seed, notify), sinks, recent, seed)
+
+
+def write_plan(lm: LanguageModel, job: CalibrateJob, notify: Callable[[str], None]) -> int:
+    """Calibrate on the job's texts, up to its tokens, and write the plan of its bytes.
+
+    Returns how many tokens went through the model. Texts beyond the model's context are left out.
+    """
+    config = job.config
+    rows: list[list[int]] = []
+    tokens = 0
+    for text in job.texts:
+        row = lm.encode_prompt(text)
+        if len(row) <= lm.context:
+            rows.append(row)
+            tokens += len(row)
+        if tokens >= config.calibration_tokens:
+            break
+    done = 0
+
+    def tell(count: int) -> None:
+        nonlocal done
+        done += count
+        notify(f"calibration: {done} of {tokens} tokens")
+
+    calibration = calibrate(
+        lm, rows, sinks=config.sinks, recent=config.recent, seed=config.seed, notify=tell
+    )
+    calibration.plan_of_bits((config.key_bits + config.value_bits) / 2).save(job.folder)
+    return tokens

@@ -6,6 +6,7 @@ Shape letters: T positions of a text, C positions of a chunk, D hidden size, V v
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,15 @@ from transformers import DynamicCache
 from stillhouse.configs.stages import CompressConfig
 from stillhouse.kernels.turboquant import NotFiniteError
 from stillhouse.workers.batching import pad_right
-from stillhouse.workers.cache import CacheFactory, CacheFormat, ObliviousScheme, TurboQuantCache
+from stillhouse.workers.cache import (
+    CacheFactory,
+    CacheFormat,
+    CachePlan,
+    CacheScheme,
+    FittedScheme,
+    ObliviousScheme,
+    TurboQuantCache,
+)
 from stillhouse.workers.models.language_model import LanguageModel, decoder_and_head
 from stillhouse.workers.projection import core, hidden_states
 from stillhouse.workers.protocols import CacheBytes, CacheMeasure, Failed
@@ -24,17 +33,14 @@ NOT_FINITE = "not_finite: the model gives a token of the text no log-probability
 CHUNK = 32  # positions at a time: 64 MiB a matrix in float64 at 262,144 words
 
 
-def compressed_cache_factory(lm: LanguageModel, config: CompressConfig) -> CacheFactory:
-    """Makes empty caches of the configured format for this model; they share their tables."""
-    scheme = ObliviousScheme(
-        CacheFormat(
-            key_bits=config.key_bits,
-            value_bits=config.value_bits,
-            key_scalar=config.key_scalar,
-            value_scalar=config.value_scalar,
-            seed=config.seed,
-        )
-    )
+def compressed_cache_factory(
+    lm: LanguageModel, config: CompressConfig, plan: Path | None = None
+) -> CacheFactory:
+    """Makes empty caches of the plan in a folder, or of the configured format without one.
+
+    All of them share their tables.
+    """
+    scheme = FittedScheme(CachePlan.load(plan)) if plan else oblivious_scheme(config)
 
     def make(padding: Sequence[int] | None = None) -> TurboQuantCache:
         return TurboQuantCache(core(lm).config, scheme, padding)
@@ -42,17 +48,32 @@ def compressed_cache_factory(lm: LanguageModel, config: CompressConfig) -> Cache
     return make
 
 
+def oblivious_scheme(config: CompressConfig) -> CacheScheme:
+    """The configured format, which no data shaped."""
+    return ObliviousScheme(
+        CacheFormat(
+            key_bits=config.key_bits,
+            value_bits=config.value_bits,
+            key_scalar=config.key_scalar,
+            value_scalar=config.value_scalar,
+            seed=config.seed,
+            sinks=config.sinks,
+            recent=config.recent,
+        )
+    )
+
+
 def measure_cache(
-    lm: LanguageModel, texts: Sequence[str], config: CompressConfig
+    lm: LanguageModel, texts: Sequence[str], config: CompressConfig, plan: Path | None = None
 ) -> tuple[list[CacheMeasure | Failed], CacheBytes]:
     """Divergence of each text and bytes a token over all of them; full cache against compressed.
 
     Every position's attention reads keys and values from the packed storage, its own included. Each
     text runs alone, so that no padding is counted in the bytes; those are what the caches hold
-    after each text, and the codec's tables, which all sequences share, once. A text that cannot be
-    measured is a Failed, and in no sum.
+    after each text, without the codecs' tables. A text that cannot be measured is a Failed, and in
+    no sum.
     """
-    factory = compressed_cache_factory(lm, config)
+    factory = compressed_cache_factory(lm, config, plan)
     measures: list[CacheMeasure | Failed] = []
     total = _Bytes(0, 0, 0, 0)
     for text in texts:
@@ -65,7 +86,7 @@ def measure_cache(
         measures.append(measure)
         total = total.plus(size)
     tokens = max(total.tokens, 1)
-    return measures, CacheBytes((total.packed + total.tables) / tokens, total.full / tokens)
+    return measures, CacheBytes(total.packed / tokens, total.full / tokens, total.tables)
 
 
 def _is_finite(measure: CacheMeasure) -> bool:

@@ -1,5 +1,6 @@
 """A model folder that stands on its own: adapter merged, safetensors, tokenizer, manifest."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from stillhouse.errors import ModelError
 from stillhouse.storage.integrity import sha256_of
+from stillhouse.workers.cache import PLAN_FILES
 from stillhouse.workers.folders import atomic_folder, write_json
 from stillhouse.workers.models.language_model import LanguageModel
 from stillhouse.workers.protocols import ExportJob
@@ -36,6 +38,9 @@ def export(lm: LanguageModel, job: ExportJob) -> tuple[Path, ...]:
         )
         model.save_pretrained(folder)
         lm.tokenizer.save_pretrained(folder)
+        if job.cache_plan is not None:
+            for name in PLAN_FILES:
+                shutil.copyfile(job.cache_plan / name, folder / name)
         write_json(folder / MANIFEST, _manifest(job, folder))
     return tuple(sorted(path for path in job.folder.rglob("*") if path.is_file()))
 

@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stillhouse.configs.stages import CompressConfig
 from stillhouse.workers.models.refs import fingerprint
 from stillhouse.workers.models.store import ModelStore, silent
 from stillhouse.workers.protocols import (
     CacheBytes,
     CacheMeasure,
+    CacheSpec,
+    CalibrateJob,
     Completion,
     Decoding,
     ExportJob,
@@ -77,14 +78,21 @@ class LocalWorkers:
         finally:
             self._models.free()  # the trainer changed its layers
 
+    def calibrate(self, job: CalibrateJob) -> int:
+        """Write a cache plan; the number of tokens that went through the model."""
+        (lm,) = self._models.get(job.model)
+        from stillhouse.workers.calibrator import write_plan
+
+        return write_plan(lm, job, self._notify)
+
     def measure_cache(
-        self, spec: ModelSpec, texts: Sequence[str], config: CompressConfig
+        self, spec: ModelSpec, texts: Sequence[str], cache: CacheSpec
     ) -> tuple[list[CacheMeasure | Failed], CacheBytes]:
         """Compare the compressed cache with the 16-bit one on held-out texts."""
         (lm,) = self._models.get(spec)
         from stillhouse.workers.divergence import measure_cache
 
-        return measure_cache(lm, texts, config)
+        return measure_cache(lm, texts, cache.config, cache.plan)
 
     def export(self, job: ExportJob) -> tuple[Path, ...]:
         """Write a standalone model folder; return its files."""
@@ -148,7 +156,7 @@ class _LocalModel:
         self._spec = spec
 
     def answer(
-        self, prompts: Sequence[str], how: Decoding, cache: CompressConfig | None = None
+        self, prompts: Sequence[str], how: Decoding, cache: CacheSpec | None = None
     ) -> list[Completion | Failed]:
         """The model's answers."""
         (lm,) = self._models.get(self._spec)
@@ -157,7 +165,7 @@ class _LocalModel:
         return generate(lm, prompts, how, _cache_factory(lm, cache))
 
     def logp(
-        self, pairs: Sequence[Pair], batch_size: int, cache: CompressConfig | None = None
+        self, pairs: Sequence[Pair], batch_size: int, cache: CacheSpec | None = None
     ) -> list[ResponseLogp | Failed]:
         """The model's log-probabilities of the responses."""
         (lm,) = self._models.get(self._spec)
@@ -227,9 +235,9 @@ def _silence_progress_bars() -> None:
     logging.disable_progress_bar()
 
 
-def _cache_factory(lm: "LanguageModel", config: CompressConfig | None) -> "CacheFactory | None":
-    if config is None:
+def _cache_factory(lm: "LanguageModel", cache: CacheSpec | None) -> "CacheFactory | None":
+    if cache is None:
         return None
     from stillhouse.workers.divergence import compressed_cache_factory
 
-    return compressed_cache_factory(lm, config)
+    return compressed_cache_factory(lm, cache.config, cache.plan)

@@ -31,7 +31,20 @@ from stillhouse.workers.projection import core, hidden_states
 
 _CHUNK = 64  # positions projected to the vocabulary at a time
 
-_seen: ContextVar[dict[int, tuple[Tensor, Tensor]]] = ContextVar("seen keys and values by layer")
+Change = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def _unchanged(_layer: int, key_BHTD: Tensor, value_BHTD: Tensor) -> tuple[Tensor, Tensor]:
+    return key_BHTD, value_BHTD
+
+
+@dataclass(frozen=True, slots=True)
+class _Watch:
+    change: Change
+    seen: dict[int, tuple[Tensor, Tensor]]
+
+
+_watch: ContextVar[_Watch] = ContextVar("the watch over the attention that runs")
 
 
 @dataclass(slots=True)
@@ -161,36 +174,39 @@ def _sampled_score(lm: LanguageModel, hidden_TM: Tensor, generator: torch.Genera
 
 
 @contextmanager
-def watched_attention(model: PreTrainedModel) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
+def watched_attention(
+    model: PreTrainedModel, change: Change = _unchanged
+) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
     """Within it each forward pass fills the dictionary: layer index → keys and values [B, H, T, D].
 
-    The tensors are those attention reads, part of the graph. What attention computes is unchanged.
+    The tensors are those attention reads, part of the graph. change: what attention reads instead.
     """
     original = model.config._attn_implementation or "eager"
     name = f"stillhouse_watched_{original}"
     AttentionInterface.register(name, _watching(original))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
-    seen: dict[int, tuple[Tensor, Tensor]] = {}
-    token = _seen.set(seen)
+    watch = _Watch(change, {})
+    token = _watch.set(watch)
     model.set_attn_implementation(name)
     try:
-        yield seen
+        yield watch.seen
     finally:
         model.set_attn_implementation(original)
-        _seen.reset(token)
+        _watch.reset(token)
 
 
 def _watching(original: str) -> Callable[..., Any]:
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **more: Any
     ) -> Any:
+        watch = _watch.get()
         if torch.is_grad_enabled() and not key.requires_grad:
             # The first layer's: nothing below it has a gradient, all above it then do.
             key, value = key.requires_grad_(), value.requires_grad_()
-        _seen.get()[module.layer_idx] = (key, value)
+        key, value = watch.change(module.layer_idx, key, value)
+        watch.seen[module.layer_idx] = (key, value)
         eager = sys.modules[type(module).__module__].eager_attention_forward
-        return ALL_ATTENTION_FUNCTIONS.get_interface(original, eager)(
-            module, query, key, value, *rest, **more
-        )
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(original, eager)
+        return attention(module, query, key, value, *rest, **more)
 
     return attend

@@ -89,16 +89,24 @@ class PairWorker(Protocol):
         """Both models' log-probabilities of the responses."""
 
 
+@dataclass(frozen=True, slots=True)
+class CacheSpec:
+    """How a key/value cache is stored; `plan` is the folder of what was fitted to the model."""
+
+    config: CompressConfig
+    plan: Path | None = None
+
+
 class ModelWorker(Protocol):
     """One model; with `cache`, its key/value cache is stored in that format."""
 
     def answer(
-        self, prompts: Sequence[str], how: Decoding, cache: CompressConfig | None = None
+        self, prompts: Sequence[str], how: Decoding, cache: CacheSpec | None = None
     ) -> list[Completion | Failed]:
         """The model's answers."""
 
     def logp(
-        self, pairs: Sequence[Pair], batch_size: int, cache: CompressConfig | None = None
+        self, pairs: Sequence[Pair], batch_size: int, cache: CacheSpec | None = None
     ) -> list[ResponseLogp | Failed]:
         """The model's log-probabilities of the responses."""
 
@@ -162,20 +170,38 @@ class CacheMeasure:
 
 @dataclass(frozen=True, slots=True)
 class CacheBytes:
-    """Bytes of cache a token: allocated, measured, all in; and the same in 16 bits."""
+    """Bytes of cache a token, allocated, windows in; the same in 16 bits; and the codecs' tables.
+
+    Tables are stored once a model, however many sequences and tokens there are.
+    """
 
     bytes_per_token: float
     bytes_per_token_16bit: float
+    table_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateJob:
+    """Fit a cache to the model on these texts and write its plan to `folder`."""
+
+    model: ModelSpec
+    texts: Sequence[str]
+    config: CompressConfig
+    folder: Path
 
 
 @dataclass(frozen=True, slots=True)
 class ExportJob:
-    """Merge the adapter into the model and write it as safetensors with its tokenizer."""
+    """Merge the adapter into the model and write it as safetensors with its tokenizer.
+
+    cache_plan: the folder of a plan, whose files go beside the weights.
+    """
 
     model: ModelSpec
     folder: Path
     dtype: str
     manifest: dict[str, object]  # written as stillhouse.json beside the weights
+    cache_plan: Path | None = None
 
 
 class Workers(Protocol):
@@ -193,8 +219,11 @@ class Workers(Protocol):
     def train(self, job: TrainJob, on_step: Callable[[TrainStep, int], None]) -> TrainOutcome:
         """Train; `on_step` hears of each new step and the number of steps in all."""
 
+    def calibrate(self, job: CalibrateJob) -> int:
+        """Write a cache plan; the number of tokens that went through the model."""
+
     def measure_cache(
-        self, spec: ModelSpec, texts: Sequence[str], config: CompressConfig
+        self, spec: ModelSpec, texts: Sequence[str], cache: CacheSpec
     ) -> tuple[list[CacheMeasure | Failed], CacheBytes]:
         """Compare the compressed cache with the 16-bit one on held-out texts."""
 

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from stillhouse.configs.stages import CompressConfig
 from stillhouse.storage.integrity import sha256_of
 from stillhouse.workers.folders import atomic_folder, write_json
 from stillhouse.workers.protocols import (
     CacheBytes,
     CacheMeasure,
+    CacheSpec,
+    CalibrateJob,
     Completion,
     Decoding,
     ExportJob,
@@ -88,14 +89,22 @@ class ScriptedWorkers:
             write_record(folder, job_key(job), outcome)
         return outcome
 
+    def calibrate(self, job: CalibrateJob) -> int:
+        """Write a plan's JSON; no tensors."""
+        self.count("calibrate", len(job.texts))
+        job.folder.mkdir(parents=True, exist_ok=True)
+        write_json(job.folder / "cache_plan.json", {"facts": {"expected_kl": 0.0}})
+        return sum(len(text.split()) for text in job.texts)
+
     def measure_cache(
-        self, spec: ModelSpec, texts: Sequence[str], config: CompressConfig
+        self, spec: ModelSpec, texts: Sequence[str], cache: CacheSpec
     ) -> tuple[list[CacheMeasure | Failed], CacheBytes]:
         """A divergence that halves with each bit."""
         self.count("measure_cache", len(texts))
+        config = cache.config
         kl = 2.0 ** -(config.key_bits + config.value_bits)
         bits = (config.key_bits + config.value_bits) / 2
-        return [_invented_measure(text, kl) for text in texts], CacheBytes(64 * bits, 64 * 16.0)
+        return [_invented_measure(text, kl) for text in texts], CacheBytes(64 * bits, 64 * 16.0, 0)
 
     def export(self, job: ExportJob) -> tuple[Path, ...]:
         """Write a folder with a configuration and the manifest; no weights."""
@@ -131,14 +140,14 @@ class _ScriptedModel:
     script: Script
 
     def answer(
-        self, prompts: Sequence[str], how: Decoding, cache: CompressConfig | None = None
+        self, prompts: Sequence[str], how: Decoding, cache: CacheSpec | None = None
     ) -> list[Completion | Failed]:
         """The scripted answers; the cache changes nothing."""
         self.workers.count("answer", len(prompts))
         return [self._answer(prompt, how) for prompt in prompts]
 
     def logp(
-        self, pairs: Sequence[Pair], batch_size: int, cache: CompressConfig | None = None
+        self, pairs: Sequence[Pair], batch_size: int, cache: CacheSpec | None = None
     ) -> list[ResponseLogp | Failed]:
         """One log-probability, the same for each word of a response."""
         self.workers.count("logp", len(pairs))

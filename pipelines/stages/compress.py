@@ -1,7 +1,9 @@
 """Fit a compressed key/value cache to the student and measure what it costs."""
 
+import json
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any, ClassVar
 
 from stillhouse.configs.base import keyed_values
@@ -13,21 +15,23 @@ from stillhouse.pipelines.stage_run import StageRun
 from stillhouse.pipelines.text import render
 from stillhouse.storage.manifest import Counts
 from stillhouse.storage.records import CacheMeasureRecord, CorpusRecord, QuestionRecord
-from stillhouse.workers.protocols import CacheBytes, CacheMeasure, Failed
+from stillhouse.workers.protocols import CacheBytes, CacheMeasure, CacheSpec, CalibrateJob, Failed
 
 ARM = "student_compressed"
+MOST_FITTED_BITS = 5
 FIGURE_NAMES = (
     "kl_mean",
     "kl_max",
     "perplexity_change",
     "bytes_per_token",
     "bytes_per_token_16bit",
+    "table_bytes",
     "tokens",
 )
 FIGURES = """
 SELECT fsum(kl_mean * tokens) / sum(tokens), max(kl_max),
     exp((fsum(logp_full) - fsum(logp_compressed)) / sum(tokens)) - 1,
-    max(bytes_per_token), max(bytes_per_token_16bit), sum(tokens)::BIGINT
+    max(bytes_per_token), max(bytes_per_token_16bit), max(table_bytes), sum(tokens)::BIGINT
 FROM cache_measures WHERE status = 'kept'
 """
 
@@ -48,18 +52,24 @@ class CompressStage(Stage):
 
     def waves(self, run: StageRun) -> Iterator[Sequence[Task]]:
         files = run.files("ingest", "questions")
-        yield [Task("measure", tuple(run.files("curate", "corpus")))]
+        corpus = tuple(run.files("curate", "corpus"))
+        if _calibrates(run):
+            yield [Task("calibrate", corpus)]
+        yield [Task("measure", corpus)]
         yield [Task(f"{ARM}-{index:05d}", (file,)) for index, file in enumerate(files)]
 
     def tasks_due(self, run: StageRun) -> int:
-        return 1 + len(run.files("ingest", "questions"))
+        return _calibrates(run) + 1 + len(run.files("ingest", "questions"))
 
     def work(self, task: Task, run: StageRun) -> Iterator[Part]:
+        if task.name == "calibrate":
+            yield _calibrate(run, task)
+            return
         if task.name == "measure":
             yield _measure(run, _heldout(run, task))
             return
         questions = [row for row in run.rows(task.inputs, QuestionRecord) if row.status == "kept"]
-        yield answer_questions(run, ARM, run.student, questions, run.recipe.compress)
+        yield answer_questions(run, ARM, run.student, questions, _cache(run))
 
     def finish(self, run: StageRun) -> Outcome:
         with run.catalog() as catalog:
@@ -76,7 +86,47 @@ class CompressStage(Stage):
         verdict = f"kl_mean {cache['kl_mean']:.4f} is over max_kl {limit}" if refused else None
         for name, value in cache.items():
             run.observer.metric(self.name, name, float(value), 0)
-        return Outcome(facts={"arm": arm, "cache": cache, "refused": verdict})
+        facts: dict[str, Any] = {"arm": arm, "cache": cache, "refused": verdict, "plan": None}
+        if not _calibrates(run):
+            return Outcome(facts=facts)
+        folder = _plan_folder(run)
+        facts["plan"] = {"folder": run.folder.relative(folder)} | _plan_facts(folder)
+        from stillhouse.storage.shards import hash_artifacts
+
+        return Outcome(hash_artifacts(run.folder, folder), facts)
+
+
+def _calibrates(run: StageRun) -> bool:
+    """Whether the cache is fitted to the student: asked for, possible, and there is a corpus."""
+    config = run.recipe.compress
+    return (
+        config.calibrate
+        and max(config.key_bits, config.value_bits) <= MOST_FITTED_BITS
+        and bool(run.facts("curate")["rows"].get("train", 0))
+    )
+
+
+def _plan_folder(run: StageRun) -> Path:
+    return run.directory / "cache_plan"
+
+
+def _plan_facts(folder: Path) -> dict[str, Any]:
+    """What the calibration says of itself."""
+    facts: dict[str, Any] = json.loads((folder / "cache_plan.json").read_bytes())["facts"]
+    return facts
+
+
+def _cache(run: StageRun) -> CacheSpec:
+    return CacheSpec(run.recipe.compress, _plan_folder(run) if _calibrates(run) else None)
+
+
+def _calibrate(run: StageRun, task: Task) -> Part:
+    rows = run.rows(task.inputs, CorpusRecord)
+    texts = [
+        row.prompt + row.response for row in rows if row.status == "kept" and row.split == "train"
+    ]
+    job = CalibrateJob(run.student, texts, run.recipe.compress, _plan_folder(run))
+    return Part({}, Counts(), run.workers.calibrate(job))
 
 
 def _heldout(run: StageRun, task: Task) -> list[tuple[str, str]]:
@@ -98,7 +148,7 @@ def _heldout(run: StageRun, task: Task) -> list[tuple[str, str]]:
 
 def _measure(run: StageRun, heldout: Sequence[tuple[str, str]]) -> Part:
     texts = [text for _, text in heldout]
-    measures, size = run.workers.measure_cache(run.student, texts, run.recipe.compress)
+    measures, size = run.workers.measure_cache(run.student, texts, _cache(run))
     rows = [
         _record(text_id, measure, size)
         for (text_id, _), measure in zip(heldout, measures, strict=True)
@@ -119,6 +169,7 @@ def _record(text_id: str, measure: CacheMeasure | Failed, size: CacheBytes) -> C
         logp_compressed=found.logp_compressed if found else None,
         bytes_per_token=size.bytes_per_token,
         bytes_per_token_16bit=size.bytes_per_token_16bit,
+        table_bytes=size.table_bytes,
         status="kept" if found else "failed",
         reason=measure.reason if isinstance(measure, Failed) else None,
     )

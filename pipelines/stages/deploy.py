@@ -88,7 +88,9 @@ def _export(run: StageRun) -> Part:
         "cache_measured": run.facts("compress")["cache"],
         "template": keyed_values(run.recipe.data.template),
     }
-    job = ExportJob(run.student, _model_folder(run), run.recipe.deploy.dtype, manifest)
+    plan = run.facts("compress")["plan"]
+    folder = run.folder.root / plan["folder"] if plan else None
+    job = ExportJob(run.student, _model_folder(run), run.recipe.deploy.dtype, manifest, folder)
     run.workers.export(job)
     return Part({}, Counts())
 

@@ -79,7 +79,8 @@ def _summary(report: Mapping[str, Any]) -> str:
         full, small = cache["bytes_per_token_16bit"], cache["bytes_per_token"]
         lines.append(
             f"cache {full:,.0f} → {small:,.0f} bytes a token ({full / small:.2f}×), next-token KL "
-            f"{cache['kl_mean']:.4f} nats, perplexity {cache['perplexity_change']:+.1%}"
+            f"{cache['kl_mean']:.4f} nats, perplexity {cache['perplexity_change']:+.1%}; tables "
+            f"{cache['table_bytes'] / 2**20:.1f} MiB, shared by all sequences"
         )
     deployment = report.get("deployment")
     if deployment:

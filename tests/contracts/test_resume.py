@@ -50,6 +50,7 @@ MOMENTS = (
     "finished:distill",
     "shard:evaluate:specialist-00000",
     "finished:evaluate",
+    "unlisted:compress:calibrate",
     "shard:compress:measure",
     "finished:compress",
     "shard:deploy:export",

@@ -13,6 +13,7 @@ CACHE = {
     "perplexity_change": 0.002,
     "bytes_per_token": 100.0,
     "bytes_per_token_16bit": 400.0,
+    "table_bytes": 2_000_000,
     "tokens": 700,
 }
 
@@ -54,6 +55,7 @@ def test_every_figure(line: Line) -> None:
     assert report["failed"]["student"] == 3
     assert report["cache"] == {
         "bytes_per_token_16bit": 400.0,
+        "table_bytes": 2_000_000,
         "bytes_per_token": 100.0,
         "kl_mean": 0.01,
         "perplexity_change": 0.002,

@@ -377,7 +377,7 @@ def test_a_trace_ends_in_what_the_cache_was_measured_on(
     folder: RunFolder, manifest: Manifest, identity: str
 ) -> None:
     rows = [
-        CacheMeasureRecord(text_id, 9, 0.1, 0.2, -3.0, -3.1, 10.0, 32.0, "kept", None)
+        CacheMeasureRecord(text_id, 9, 0.1, 0.2, -3.0, -3.1, 10.0, 32.0, 4096, "kept", None)
         for text_id in ("x3", "q1")
     ]
     files = write_shard(folder, "evaluate", "e1", "1", {"cache_measures": rows})

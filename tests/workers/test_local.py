@@ -7,6 +7,8 @@ import torch
 from stillhouse.configs.stages import CompressConfig, LoraConfig, TrainConfig
 from stillhouse.workers.local import LocalWorkers
 from stillhouse.workers.protocols import (
+    CacheSpec,
+    CalibrateJob,
     Completion,
     Decoding,
     ExportJob,
@@ -40,10 +42,15 @@ def test_the_whole_line_on_one_model(workers, model_folders, tmp_path):
     assert not loaded(workers)
     student = ModelSpec(base.ref, outcome.adapter)
     answers = workers.model(student).answer(PROMPTS, HOW)
-    measures, _ = workers.measure_cache(student, ["Q 1: A1"], CompressConfig())
+    measures, _ = workers.measure_cache(student, ["Q 1: A1"], CacheSpec(CompressConfig()))
     assert measures[0].kl_mean >= 0
-    compressed = workers.model(student).answer(PROMPTS, HOW, CompressConfig(key_bits=8))
+    compressed = workers.model(student).answer(PROMPTS, HOW, CacheSpec(CompressConfig(key_bits=8)))
     assert all(isinstance(one, Completion) for one in compressed)
+    texts = [example.prompt + example.response for example in examples]
+    job = CalibrateJob(student, texts, CompressConfig(sinks=1), tmp_path / "plan")
+    assert workers.calibrate(job) > 0
+    fitted = CacheSpec(job.config, job.folder)
+    assert len(workers.model(student).logp([Pair("Q 1:", " A1")], 1, fitted)) == 1
     workers.export(ExportJob(student, tmp_path / "out", "float32", {}))
     assert not loaded(workers)
     assert workers.model(ModelSpec(str(tmp_path / "out"))).answer(PROMPTS, HOW) == answers

@@ -5,6 +5,7 @@ import pytest
 
 from stillhouse.configs.stages import CompressConfig, TrainConfig
 from stillhouse.workers.protocols import (
+    CacheSpec,
     Completion,
     Decoding,
     ExportJob,
@@ -75,7 +76,7 @@ def test_training_writes_a_record_and_answers_from_it(workers, tmp_path):
 
 
 def test_measures_and_export(workers, tmp_path):
-    measures, size = workers.measure_cache(BASE, ["a b", ""], CompressConfig())
+    measures, size = workers.measure_cache(BASE, ["a b", ""], CacheSpec(CompressConfig()))
     assert measures[0].kl_mean == 2.0**-8
     assert isinstance(measures[1], Failed)
     assert size.bytes_per_token == size.bytes_per_token_16bit / 4

@@ -1,6 +1,6 @@
 """Key/value caches for transformers that hold packed vectors."""
 
-from stillhouse.workers.cache.plan import CachePlan, FittedScheme, LayerPlan
+from stillhouse.workers.cache.plan import PLAN_FILES, CachePlan, FittedScheme, LayerPlan
 from stillhouse.workers.cache.scheme import (
     CACHE_KINDS,
     CacheFormat,
@@ -12,6 +12,7 @@ from stillhouse.workers.cache.turboquant import CacheFactory, TurboQuantCache
 
 __all__ = [
     "CACHE_KINDS",
+    "PLAN_FILES",
     "CacheFactory",
     "CacheFormat",
     "CacheKind",

@@ -29,6 +29,7 @@ from stillhouse.workers.cache.scheme import CACHE_KINDS, CacheKind
 PLAN_VERSION = 1
 PLAN_FILE = "cache_plan.json"
 TENSOR_FILE = "cache_plan.safetensors"
+PLAN_FILES = (TENSOR_FILE, PLAN_FILE)
 
 
 @dataclass(frozen=True, slots=True)

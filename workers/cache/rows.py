@@ -151,15 +151,15 @@ class Rows:
             self, sinks=sinks, packed=packed, recent_BHTD=to_half(new[:, :, old:]).clone()
         )
 
-    def decode(self, first: int, dtype: torch.dtype) -> Tensor:
-        """The slots from `first` on, [B, H, T, D]."""
+    def decode(self, first: int, end: int, dtype: torch.dtype) -> Tensor:
+        """The slots from `first` to `end`, where the stored ones end, [B, H, T, D]."""
         skip = max(first - self.first_packed, 0)
         packed = map_tensors(self.packed, lambda tensor: tensor[:, :, skip:])
         recent = self.recent_BHTD[:, :, max(skip - self._packed_length, 0) :]
         parts = [self.codec.decode(packed, dtype), recent.to(dtype)]
         if self.sinks is None:
             return torch.cat(parts, dim=2)
-        parts.insert(0, self.sinks.values_BHSD[:, :, first:].to(dtype))
+        parts.insert(0, self.sinks.values_BHSD[:, :, first:end].to(dtype))
         return self.sinks.laid_over(torch.cat(parts, dim=2), first)
 
     def without_before(self, start: int) -> "Rows":

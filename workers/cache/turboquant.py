@@ -92,7 +92,8 @@ class _TurboQuantLayer(CacheLayerMixin):
             rows.appended(x_BHTD, slot) for rows, x_BHTD in zip(before, states, strict=True)
         )
         self.cumulative_length += key_states.shape[2]
-        keys, values = (rows.decode(first, key_states.dtype) for rows in self._rows)
+        end = self.cumulative_length
+        keys, values = (rows.decode(first, end, key_states.dtype) for rows in self._rows)
         if not self.record_past:
             self._drop_unseen()
         return keys, values

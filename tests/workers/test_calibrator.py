@@ -1,0 +1,150 @@
+"""Calibration: plans of a budget, saved and loaded, and what they are worth on models."""
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stillhouse.configs.stages import CompressConfig
+from stillhouse.errors import ModelError
+from stillhouse.workers.cache import CachePlan, FittedScheme, LayerPlan, TurboQuantCache
+from stillhouse.workers.calibrator import Calibration, calibrate, write_plan
+from stillhouse.workers.divergence import compressed_cache_factory, measure_cache
+from stillhouse.workers.models.language_model import LanguageModel
+from stillhouse.workers.protocols import CacheMeasure, CalibrateJob, ModelSpec
+from tests.workers.cache_models import HEAD_DIM, HEADS, random_kv
+
+TEXTS = [f"Sentence {n} of a corpus, which has {n * n} words in it." for n in range(30)]
+HELDOUT = [f"Another text, number {n}, that was not used before." for n in range(6)]
+
+
+@pytest.fixture
+def calibration(lm: LanguageModel) -> Calibration:
+    return calibrate(lm, [lm.encode_prompt(text) for text in TEXTS], sinks=2, recent=0)
+
+
+def kl(lm: LanguageModel, config: CompressConfig, plan: Path | None = None) -> float:
+    measures, _ = measure_cache(lm, HELDOUT, config, plan)
+    found = [measure for measure in measures if isinstance(measure, CacheMeasure)]
+    assert len(found) == len(HELDOUT)
+    return sum(m.kl_mean * m.tokens for m in found) / sum(m.tokens for m in found)
+
+
+@pytest.mark.parametrize("bits", [2, 2.5, 3, 4])
+def test_a_plan_keeps_to_its_bits_and_uses_them(calibration: Calibration, bits: float) -> None:
+    plan = calibration.plan_of_bits(bits)
+    stored = sum(
+        group.channels * group.bits * len(fit.mean_HD)
+        for layer in plan.layers
+        for fit in (layer.key, layer.value)
+        if fit is not None
+        for group in fit.groups
+    )
+    assert stored <= bits * calibration.channels
+    assert plan.facts["bits_per_coordinate"] == stored / calibration.channels
+    assert plan.facts["bits_per_coordinate"] > bits - 0.5
+    assert plan.facts["calibration_tokens"] == calibration.tokens
+
+
+def test_more_bits_cost_less_and_a_cost_takes_the_fewest_bits(calibration: Calibration) -> None:
+    plans = [calibration.plan_of_bits(bits) for bits in (1.5, 2, 3, 4, 5)]
+    costs = [plan.facts["expected_kl"] for plan in plans]
+    assert costs == sorted(costs, reverse=True)
+    for plan, cost in zip(plans, costs, strict=True):
+        found = calibration.plan_of_kl(cost * 1.0001)
+        assert found.facts["bits_per_coordinate"] <= plan.facts["bits_per_coordinate"]
+        assert found.facts["expected_kl"] <= cost * 1.0001
+
+
+def test_a_fitted_cache_loses_less_than_an_oblivious_one(lm: LanguageModel, tmp_path: Path) -> None:
+    config = CompressConfig(key_bits=2, value_bits=2, sinks=2, calibration_tokens=2000)
+    job = CalibrateJob(ModelSpec("any"), TEXTS, config, tmp_path)
+    tokens = write_plan(lm, job, lambda _text: None)
+    assert tokens >= sum(len(lm.encode_prompt(text)) for text in TEXTS[:10])
+    assert kl(lm, config, tmp_path) < 0.6 * kl(lm, config)
+
+
+def test_a_large_key_bias_breaks_the_oblivious_codec_and_not_the_fitted(
+    llama: LanguageModel, tmp_path: Path
+) -> None:
+    """As in Qwen2: keys share a vector far longer than what tells them apart."""
+    biased = with_key_offset(llama, 40.0)
+    config = CompressConfig(key_bits=4, value_bits=4, sinks=2, calibration_tokens=2000)
+    write_plan(biased, CalibrateJob(ModelSpec("any"), TEXTS, config, tmp_path), lambda _text: None)
+    max_kl = 0.2
+    assert kl(biased, config) > 5 * max_kl
+    assert kl(biased, config, tmp_path) < max_kl / 2
+
+
+def with_key_offset(lm: LanguageModel, length: float) -> LanguageModel:
+    """With biased key projections, in the channels that rotate slowest, where Qwen2 has them."""
+    model: Any = copy.deepcopy(lm.model)
+    half = model.config.head_dim // 2
+    for layer in model.model.layers:
+        projection = layer.self_attn.k_proj
+        bias = torch.zeros(projection.out_features)
+        bias[half - 1 :: half] = length
+        projection.bias = torch.nn.Parameter(bias, requires_grad=False)
+    return dataclasses.replace(lm, model=model)
+
+
+def test_a_saved_plan_codes_the_same(calibration: Calibration, tmp_path: Path) -> None:
+    plan = calibration.plan_of_bits(3)
+    kept = LayerPlan(plan.layers[0].key, None)
+    plan = CachePlan((kept, *plan.layers[1:]), 3, 5, plan.facts)
+    files = plan.save(tmp_path)
+    assert [file.name for file in files] == ["cache_plan.safetensors", "cache_plan.json"]
+    loaded = CachePlan.load(tmp_path)
+    assert (loaded.sinks, loaded.recent, dict(loaded.facts)) == (3, 5, dict(plan.facts))
+    assert loaded.layers[0].value is None
+    before = [file.read_bytes() for file in files]
+    loaded.save(tmp_path)
+    assert [file.read_bytes() for file in files] == before
+    heads, dim = plan.layers[1].value.mean_HD.shape if plan.layers[1].value else (0, 0)
+    x = torch.randn(2, heads, 7, dim, generator=torch.Generator().manual_seed(0))
+    one, two = (FittedScheme(each).codec(1, "value", x) for each in (plan, loaded))
+    assert torch.equal(one.encode(x).indices, two.encode(x).indices)
+    torch.testing.assert_close(one.decode(one.encode(x)), two.decode(two.encode(x)))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"version": 99}, "expected version 1, found 99; calibrate again"),
+        ({"tensors": {"file": "cache_plan.safetensors", "sha256": "0"}}, "expected sha256 0"),
+        ({"groups": [{"key": [[8, 2]]}]}, "expected a cache plan, found KeyError"),
+    ],
+)
+def test_a_plan_that_is_not_whole_is_refused(
+    calibration: Calibration, tmp_path: Path, change: dict[str, Any], match: str
+) -> None:
+    _, path = calibration.plan_of_bits(3).save(tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ModelError, match=match):
+        CachePlan.load(tmp_path)
+
+
+def test_no_plan_at_all_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="expected a cache plan"):
+        CachePlan.load(tmp_path)
+
+
+def test_a_plan_of_another_model_is_refused(calibration: Calibration) -> None:
+    scheme = FittedScheme(calibration.plan_of_bits(3))
+    with pytest.raises(ValueError, match="calibrate for this model"):
+        scheme.codec(0, "key", torch.zeros(1, HEADS + 5, 1, HEAD_DIM))
+    with pytest.raises(ValueError, match="calibrate for this model"):
+        scheme.codec(99, "key", random_kv(1, 1)[0])
+
+
+def test_generation_reads_the_plan(lm: LanguageModel, tmp_path: Path) -> None:
+    config = CompressConfig(key_bits=3, value_bits=3)
+    write_plan(lm, CalibrateJob(ModelSpec("any"), TEXTS, config, tmp_path), lambda _text: None)
+    cache = compressed_cache_factory(lm, config, tmp_path)([0, 3])
+    assert isinstance(cache, TurboQuantCache)
+    assert isinstance(cache.scheme, FittedScheme)
+    assert (cache.scheme.sinks, cache.scheme.recent) == (4, 0)
