@@ -87,10 +87,9 @@ def calibrate(
     sinks: int,
     recent: int,
     seed: int = 0,
-    notify: Callable[[int], None] = lambda _tokens: None,
 ) -> Calibration:
     """One pass, forward and backward, over token rows; see `stream_moments`."""
-    return Calibration(stream_moments(lm, rows, sinks, seed, notify), sinks, recent, seed)
+    return Calibration(stream_moments(lm, rows, sinks, seed), sinks, recent, seed)
 
 
 def write_plan(lm: LanguageModel, job: CalibrateJob, notify: Callable[[str], None]) -> int:
@@ -108,15 +107,7 @@ def write_plan(lm: LanguageModel, job: CalibrateJob, notify: Callable[[str], Non
             tokens += len(row)
         if tokens >= config.calibration_tokens:
             break
-    done = 0
-
-    def tell(count: int) -> None:
-        nonlocal done
-        done += count
-        notify(f"calibration: {done} of {tokens} tokens")
-
-    calibration = calibrate(
-        lm, rows, sinks=config.sinks, recent=config.recent, seed=config.seed, notify=tell
-    )
+    notify(f"fitting the cache on {tokens:,} tokens of {len(rows):,} texts")
+    calibration = calibrate(lm, rows, sinks=config.sinks, recent=config.recent, seed=config.seed)
     calibration.plan_of_bits((config.key_bits + config.value_bits) / 2).save(job.folder)
     return tokens

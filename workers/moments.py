@@ -97,13 +97,11 @@ def stream_moments(
     rows: Iterable[Sequence[int]],
     skip: int,
     seed: int = 0,
-    notify: Callable[[int], None] = lambda _tokens: None,
 ) -> list[LayerMoments]:
     """Moments of all layers over token rows, each a sequence of its own.
 
     skip: first tokens of each row that are not counted, as they stay in 16 bits. seed: of the draws
-    of y. notify: called after each row with its number of tokens. Memory is that of one row's
-    backward pass and of the sums; nothing of a row is kept.
+    of y. Memory is that of one row's backward pass and of the sums; nothing of a row is kept.
 
     ModelError when the model's attention cannot be watched, or gives a token no number.
     """
@@ -120,7 +118,6 @@ def stream_moments(
             moments = layers[index]
             for sums, (x_HTD, gradient_HTD) in zip((moments.key, moments.value), pair, strict=True):
                 sums.add(x_HTD[:, skip:], gradient_HTD[:, skip:])
-        notify(len(row))
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     if sorted(layers) != list(range(count)):
         raise ModelError(

@@ -1,4 +1,7 @@
-"""TurboQuant (arXiv:2504.19874): vectors to a few bits a coordinate and one float16 scalar."""
+"""TurboQuant (arXiv:2504.19874): vectors to a few bits a coordinate and one float16 scalar.
+
+Beside it what it is compared with: PolarQuant, plain 8-bit floats, and a split of the channels.
+"""
 
 from stillhouse.kernels.turboquant.balance import (
     BalancedBasis,
@@ -33,11 +36,14 @@ from stillhouse.kernels.turboquant.contract import (
     tensors_of,
 )
 from stillhouse.kernels.turboquant.fitted import FittedCodec, FittedScalar, HeadFit, fit_heads
+from stillhouse.kernels.turboquant.fp8 import Fp8Codec, Fp8Vectors
 from stillhouse.kernels.turboquant.half import HalfCodec, HalfVectors, to_half
 from stillhouse.kernels.turboquant.packing import pack, packed_bytes, unpack
+from stillhouse.kernels.turboquant.polar import PolarCodec, PolarVectors
 from stillhouse.kernels.turboquant.prod import PROD_BITS, ProdCodec, ProdVectors
 from stillhouse.kernels.turboquant.rotation import Rotation
 from stillhouse.kernels.turboquant.sketch import SKETCH_KINDS, Sketch, SketchKind
+from stillhouse.kernels.turboquant.split import SplitCodec, SplitVectors
 
 __all__ = [
     "COORDINATE_LAWS",
@@ -51,6 +57,8 @@ __all__ = [
     "CoordinateLaw",
     "FittedCodec",
     "FittedScalar",
+    "Fp8Codec",
+    "Fp8Vectors",
     "GroupChoice",
     "HalfCodec",
     "HalfVectors",
@@ -58,12 +66,16 @@ __all__ = [
     "MseCodec",
     "NotFiniteError",
     "PackedVectors",
+    "PolarCodec",
+    "PolarVectors",
     "ProdCodec",
     "ProdVectors",
     "Rotation",
     "ScalarKind",
     "Sketch",
     "SketchKind",
+    "SplitCodec",
+    "SplitVectors",
     "VectorCodec",
     "balance",
     "choose_groups",

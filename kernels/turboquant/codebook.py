@@ -40,7 +40,7 @@ class Codebook:
 @cache
 def gaussian_codebook(bits: int) -> Codebook:
     """That of N(0, 1), for `bits` in SUPPORTED_BITS; ValueError for any other number."""
-    return _codebook(bits, gaussian_law())
+    return lloyd_max_codebook(bits, gaussian_law())
 
 
 @cache
@@ -50,10 +50,11 @@ def sphere_codebook(bits: int, dim: int) -> Codebook:
     ValueError for bits outside SUPPORTED_BITS and below 3 dimensions, where the density has its
     peaks at the ends and the quantiser is not unique.
     """
-    return _codebook(bits, sphere_law(dim))
+    return lloyd_max_codebook(bits, sphere_law(dim))
 
 
-def _codebook(bits: int, law: Law) -> Codebook:
+def lloyd_max_codebook(bits: int, law: Law) -> Codebook:
+    """That of any law with a log-concave density; ValueError for bits outside SUPPORTED_BITS."""
     if bits not in SUPPORTED_BITS:
         raise ValueError(f"expected bits in {SUPPORTED_BITS}, found {bits!r}; choose one of these")
     half = _solve_positive_half(2 ** (bits - 1), law)

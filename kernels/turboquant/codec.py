@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.kernels.turboquant.codebook import gaussian_codebook, sphere_codebook
+from stillhouse.kernels.turboquant.inputs import require_vectors
 from stillhouse.kernels.turboquant.packing import pack, packed_bytes, unpack
 from stillhouse.kernels.turboquant.rotation import Rotation
 
@@ -29,7 +30,6 @@ SCALAR_KINDS: tuple[ScalarKind, ...] = get_args(ScalarKind)
 CoordinateLaw = Literal["gaussian", "sphere"]
 COORDINATE_LAWS: tuple[CoordinateLaw, ...] = get_args(CoordinateLaw)
 
-_INPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TINY = 1e-20  # guards 0/0 for the zero vector; ⟨y, c⟩ of any other vector is above 1e-5
 
 
@@ -115,11 +115,7 @@ class MseCodec:
         ValueError for another dtype or last axis, and on the CPU for vectors that are not finite
         or exceed float16 (see the module's text for other devices).
         """
-        if x_D.dtype not in _INPUT_DTYPES or x_D.shape[-1] != self.head_dim:
-            raise ValueError(
-                f"expected float32, float16 or bfloat16 [..., {self.head_dim}], "
-                f"found {x_D.dtype} {list(x_D.shape)}"
-            )
+        require_vectors(x_D, self.head_dim)
         x_D = x_D.detach().float()
         norm = torch.linalg.vector_norm(x_D, dim=-1)
         # √D y: the codebook is that of N(0, 1). The zero vector stays zero.

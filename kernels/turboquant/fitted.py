@@ -21,11 +21,11 @@ from torch import Tensor
 from stillhouse.kernels.turboquant.balance import BalancedBasis, ChannelGroup
 from stillhouse.kernels.turboquant.codebook import gaussian_codebook
 from stillhouse.kernels.turboquant.codec import PackedVectors
+from stillhouse.kernels.turboquant.inputs import require_vectors
 from stillhouse.kernels.turboquant.packing import pack, packed_bytes, unpack
 from stillhouse.kernels.turboquant.sketch import haar_matrix
 
 FittedScalar = Literal["unbiased", "least_squares"]
-_INPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TINY = 1e-20
 
 
@@ -122,11 +122,7 @@ class FittedCodec:
 
         Raises as `MseCodec.encode`; H must be the fit's too.
         """
-        if x_BHTD.dtype not in _INPUT_DTYPES or x_BHTD.shape[-3::2] != (self.heads, self.head_dim):
-            raise ValueError(
-                f"expected float32, float16 or bfloat16 [..., {self.heads}, T, {self.head_dim}], "
-                f"found {x_BHTD.dtype} {list(x_BHTD.shape)}"
-            )
+        require_vectors(x_BHTD, self.head_dim, self.heads)
         centred = x_BHTD.detach().float() - self.fit.mean_HD[:, None]
         coded = centred @ self.fit.map_HDD.mT
         norm = torch.linalg.vector_norm(coded, dim=-1)

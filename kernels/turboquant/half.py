@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.kernels.turboquant.codec import NotFiniteError
+from stillhouse.kernels.turboquant.inputs import require_vectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ class HalfCodec:
 
     def encode(self, x_D: Tensor) -> HalfVectors:
         """[..., D] → 16 bits a coordinate, in storage of their own."""
+        require_vectors(x_D, self.head_dim)
         half_D = to_half(x_D)
         return HalfVectors(half_D.clone() if half_D.data_ptr() == x_D.data_ptr() else half_D)
 

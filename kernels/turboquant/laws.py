@@ -1,4 +1,4 @@
-"""Symmetric laws of variance 1 that a coordinate of a rotated vector may have, in float64."""
+"""Symmetric laws of variance 1, in float64: of a rotated vector's coordinates and its angles."""
 
 import math
 from collections.abc import Callable
@@ -68,3 +68,45 @@ def sphere_law(dim: int) -> Law:
         return peak * end / (dim - 1) * power(x, (dim - 1) / 2)
 
     return Law(density, tail, tail_sum, end)
+
+
+@dataclass(frozen=True, slots=True)
+class AngleLaw:
+    """ψ = π/4 + deviation · X, X of `law`, which is symmetric with variance 1."""
+
+    law: Law
+    deviation: float
+
+
+@cache
+def angle_law(level: int) -> AngleLaw:
+    """That of PolarQuant (arXiv:2502.02617, Lemma 2) at level l >= 2, of radii (r cos ψ, r sin ψ).
+
+    Each is the norm of 2^(l-1) Gaussian coordinates, so the density is ∝ sin^k(2ψ) on [0, π/2],
+    k = 2^(l-1) - 1; here that of φ = ψ - π/4, ∝ cos^k(2φ). ValueError for other levels.
+    """
+    if level < 2:
+        raise ValueError(f"expected a level of 2 or more, found {level}")
+    power, edge = 2 ** (level - 1) - 1, math.pi / 4
+    nodes, weights = np.polynomial.legendre.leggauss(_NODES)
+
+    def integral(low: float, moment: int) -> float:
+        """∫ φ^moment cos^k(2φ) dφ from `low` to π/4."""
+        if low >= edge:
+            return 0.0
+        phi = (edge - low) / 2 * nodes + (edge + low) / 2
+        return float((edge - low) / 2 * (weights @ (phi**moment * np.cos(2 * phi) ** power)))
+
+    mass = 2 * integral(0.0, 0)
+    deviation = math.sqrt(2 * integral(0.0, 2) / mass)
+
+    def density(x: float) -> float:
+        return deviation * float(math.cos(2 * min(deviation * x, edge)) ** power) / mass
+
+    def tail(x: float) -> float:
+        return integral(deviation * x, 0) / mass
+
+    def tail_sum(x: float) -> float:
+        return integral(deviation * x, 1) / mass / deviation
+
+    return AngleLaw(Law(density, tail, tail_sum, edge / deviation), deviation)

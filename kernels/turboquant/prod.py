@@ -31,6 +31,11 @@ class ProdVectors:
         """Bytes of the storage behind all four tensors."""
         return self.coarse.nbytes + self.residual.nbytes
 
+    def require_finite(self) -> None:
+        """NotFiniteError when a vector could not be stored; makes the host wait for the device."""
+        self.coarse.require_finite()
+        self.residual.require_finite()
+
 
 class ProdCodec:
     """One instance a head size; its tables lie on one device.
