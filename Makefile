@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fmt gpu clean
+.PHONY: help setup demo test check kernels fmt gpu clean
 
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -29,6 +29,9 @@ check: setup  ## format, lint, types, import rules
 	@$(PY) tools/typing_tree.py
 	@echo "== mypy"; cd .typing && $(BIN)/mypy --config-file ../pyproject.toml -p stillhouse -p tests -p tools
 	@echo "== import-linter"; cd .typing && $(BIN)/lint-imports --config ../pyproject.toml --cache-dir ../.import_linter_cache
+
+kernels: setup  ## compile every kernel for sm_80 and sm_90, report registers and shared memory
+	@env -u TRITON_INTERPRET $(PY) tools/kernel_report.py
 
 fmt: setup  ## format the code, mend what ruff can mend, renew the list of packages
 	@$(PY) tools/package_list.py

@@ -17,6 +17,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # triton decides when it is imported; only a run of the tests for a GPU compiles its kernels.
+    if config.getoption("markexpr") != "gpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 settings.register_profile("untimed")  # a loaded machine is no failure
 settings.load_profile("untimed")
 

@@ -93,10 +93,10 @@ def encode_kernel(
         )
         y = tl.dot(z, weight, y, input_precision="ieee")
 
-    # The rotation keeps lengths, so ‖y‖ is the norm. Exact division: 0 / 0 is caught before it.
+    # The rotation keeps lengths, so ‖y‖ is the norm. The zero vector stays zero.
     norm = tl.sqrt_rn(tl.sum(y * y, axis=1))
     root: tl.constexpr = D**0.5
-    to_unit = tl.where(norm > 0, tl.div_rn(tl.full((BLOCK,), root, tl.float32), norm), 0.0)
+    to_unit = tl.div_rn(tl.full((BLOCK,), root, tl.float32), tl.where(norm > 0, norm, 1.0))
     unit = y * to_unit[:, None]
     index, centroid = _nearest(unit, boundary_ptr, centroid_ptr, BITS)
     if S != E:
