@@ -18,7 +18,6 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
-
 def pytest_configure(config: pytest.Config) -> None:
     # triton decides when it is imported; only a run of the tests for a GPU compiles its kernels.
     if config.getoption("markexpr") != "gpu":
