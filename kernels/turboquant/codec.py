@@ -13,9 +13,11 @@ the scalar 0 and decode to zeros, so the error of a tiny vector is below 2^-24 w
 Shape suffixes: D head size, P packed bytes, ... any leading axes.
 """
 
+import importlib.util
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -25,12 +27,21 @@ from stillhouse.kernels.turboquant.inputs import require_vectors
 from stillhouse.kernels.turboquant.packing import pack, packed_bytes, unpack
 from stillhouse.kernels.turboquant.rotation import Rotation
 
+if TYPE_CHECKING:
+    from stillhouse.kernels.turboquant.triton_codec import TritonTables
+
 ScalarKind = Literal["norm", "corrected", "unbiased", "least_squares"]
 SCALAR_KINDS: tuple[ScalarKind, ...] = get_args(ScalarKind)
 CoordinateLaw = Literal["gaussian", "sphere"]
 COORDINATE_LAWS: tuple[CoordinateLaw, ...] = get_args(CoordinateLaw)
 
 _TINY = 1e-20  # guards 0/0 for the zero vector; ⟨y, c⟩ of any other vector is above 1e-5
+
+
+@cache
+def has_triton() -> bool:
+    """Whether triton is installed; it is not imported."""
+    return importlib.util.find_spec("triton") is not None
 
 
 class NotFiniteError(ValueError):
@@ -107,7 +118,8 @@ class MseCodec:
             self._centroids,
             self._boundaries,
         )
-        return sum(table.untyped_storage().nbytes() for table in tables)
+        own = sum(table.untyped_storage().nbytes() for table in tables)
+        return own + (self._triton_tables.nbytes if "_triton_tables" in self.__dict__ else 0)
 
     def encode(self, x_D: Tensor) -> PackedVectors:
         """float32/float16/bfloat16 [..., D] → packed vectors; the arithmetic is float32.
@@ -116,6 +128,10 @@ class MseCodec:
         or exceed float16 (see the module's text for other devices).
         """
         require_vectors(x_D, self.head_dim)
+        if self._on_triton(x_D):
+            from stillhouse.kernels.turboquant import triton_codec
+
+            return PackedVectors(*triton_codec.encode(x_D, self._triton_tables, self.scalar))
         x_D = x_D.detach().float()
         norm = torch.linalg.vector_norm(x_D, dim=-1)
         # √D y: the codebook is that of N(0, 1). The zero vector stays zero.
@@ -130,10 +146,26 @@ class MseCodec:
 
     def decode(self, packed: PackedVectors, dtype: torch.dtype = torch.float32) -> Tensor:
         """Packed vectors → `dtype` [..., D]; float32 arithmetic, rounded once at the end."""
+        if self._on_triton(packed.scalars):
+            from stillhouse.kernels.turboquant import triton_codec
+
+            tables = self._triton_tables
+            return triton_codec.decode(packed.indices, packed.scalars, tables, dtype)
         index_D = unpack(packed.indices, self.bits, self.head_dim)
         scale = packed.scalars.float() / math.sqrt(self.head_dim)
         rotated_D = self._look_up(index_D.int()) * scale[..., None]
         return self.rotation.rotate_back(rotated_D).to(dtype)
+
+    def _on_triton(self, tensor: Tensor) -> bool:
+        """Whether the Triton kernels do it: on CUDA, for the bits and head sizes they have."""
+        return tensor.is_cuda and self.bits <= 5 and self.head_dim <= 256 and has_triton()
+
+    @cached_property
+    def _triton_tables(self) -> "TritonTables":
+        from stillhouse.kernels.turboquant.triton_codec import TritonTables
+
+        matrix, boundaries, centroids = self.rotation.matrix, self._boundaries, self._centroids
+        return TritonTables.build(matrix, boundaries, centroids, self.bits)
 
     def _look_up(self, index_D: Tensor) -> Tensor:
         return self._centroids.index_select(0, index_D.reshape(-1)).view(index_D.shape)
