@@ -44,6 +44,7 @@ from stillhouse.kernels.turboquant.prod import PROD_BITS, ProdCodec, ProdVectors
 from stillhouse.kernels.turboquant.rotation import Rotation
 from stillhouse.kernels.turboquant.sketch import SKETCH_KINDS, Sketch, SketchKind
 from stillhouse.kernels.turboquant.split import SplitCodec, SplitVectors
+from stillhouse.kernels.turboquant.uniform import UniformCodec, UniformVectors
 
 __all__ = [
     "COORDINATE_LAWS",
@@ -76,6 +77,8 @@ __all__ = [
     "SketchKind",
     "SplitCodec",
     "SplitVectors",
+    "UniformCodec",
+    "UniformVectors",
     "VectorCodec",
     "balance",
     "choose_groups",

@@ -79,8 +79,8 @@ class MseCodec:
     `norm` ‖x‖ (the paper's; shrinks inner products by 1 - D(bits)), `corrected` ‖x‖/‖c‖,
     `unbiased` ‖x‖/⟨y, c⟩ (unbiased over the rotation: keys), `least_squares` ‖x‖⟨y, c⟩/‖c‖²
     (least reconstruction error: values). seed: of the rotation's signs. law: the
-    codebook's, exactly that of a point of the `sphere` or its `gaussian` limit. ValueError for
-    others.
+    codebook's, exactly that of a point of the `sphere` or its `gaussian` limit. rotation: another
+    than the seeded one, on `device`. ValueError for others.
     """
 
     def __init__(
@@ -92,6 +92,7 @@ class MseCodec:
         *,
         law: CoordinateLaw = "gaussian",
         device: torch.device | str = "cpu",
+        rotation: Rotation | None = None,
     ) -> None:
         if scalar not in SCALAR_KINDS:
             raise ValueError(f"expected a scalar in {SCALAR_KINDS}, found {scalar!r}")
@@ -99,7 +100,7 @@ class MseCodec:
             raise ValueError(f"expected a law in {COORDINATE_LAWS}, found {law!r}")
         codebook = gaussian_codebook(bits) if law == "gaussian" else sphere_codebook(bits, head_dim)
         self.head_dim, self.bits, self.scalar, self.seed = head_dim, bits, scalar, seed
-        self.rotation = Rotation.seeded(head_dim, seed, device)
+        self.rotation = rotation or Rotation.seeded(head_dim, seed, device)
         # Explicit dtypes: a serving engine builds models under a bfloat16 default dtype.
         self._centroids = torch.tensor(codebook.centroids, dtype=torch.float32, device=device)
         self._boundaries = torch.tensor(codebook.boundaries, dtype=torch.float32, device=device)

@@ -72,8 +72,17 @@ class Rotation:
     @classmethod
     def seeded(cls, dim: int, seed: int, device: torch.device | str = "cpu") -> "Rotation":
         """The rotation of a head size (multiple of 8, else ValueError) and a seed."""
+        return cls._of_signs(random_signs(dim, seed).to(device))
+
+    @classmethod
+    def without_signs(cls, dim: int, device: torch.device | str = "cpu") -> "Rotation":
+        """H alone, which others use: a constant offset of all coordinates lands in one."""
+        return cls._of_signs(torch.ones(dim, dtype=torch.float32, device=device))
+
+    @classmethod
+    def _of_signs(cls, signs_D: Tensor) -> "Rotation":
+        dim, device = signs_D.shape[0], signs_D.device
         block = hadamard_block(dim)
-        signs_D = random_signs(dim, seed).to(device)
         identity_DD = torch.eye(dim, dtype=torch.float32, device=device)
         # Row j of the transformed diag(s) is H (s_j e_j), column j of R.
         matrix_DD = hadamard_transform(identity_DD * signs_D, block).T.contiguous()

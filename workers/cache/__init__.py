@@ -9,10 +9,12 @@ from stillhouse.workers.cache.scheme import (
     ObliviousScheme,
 )
 from stillhouse.workers.cache.turboquant import CacheFactory, TurboQuantCache
+from stillhouse.workers.cache.vllm_presets import VLLM_PRESETS, VllmScheme
 
 __all__ = [
     "CACHE_KINDS",
     "PLAN_FILES",
+    "VLLM_PRESETS",
     "CacheFactory",
     "CacheFormat",
     "CacheKind",
@@ -22,4 +24,5 @@ __all__ = [
     "LayerPlan",
     "ObliviousScheme",
     "TurboQuantCache",
+    "VllmScheme",
 ]

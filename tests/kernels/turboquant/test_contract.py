@@ -12,6 +12,7 @@ from stillhouse.kernels.turboquant import (
     PolarCodec,
     ProdCodec,
     SplitCodec,
+    UniformCodec,
     VectorCodec,
     join,
     map_tensors,
@@ -27,6 +28,7 @@ CODECS: list[VectorCodec] = [
     ProdCodec(64, 3),
     PolarCodec(64),
     SplitCodec(64, 3, 2, "norm"),
+    UniformCodec(64, 4),
 ]
 
 
