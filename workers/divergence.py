@@ -155,8 +155,8 @@ def _compare(
     kl, sums = [], [0.0, 0.0]
     for start in range(0, len(target_T), CHUNK):
         rows = slice(start, start + CHUNK)
-        p_CV = log_softmax64(full_TD[rows], head_VD, softcap)
-        q_CV = log_softmax64(packed_TD[rows], head_VD, softcap)
+        p_CV = log_probabilities(full_TD[rows], head_VD, softcap)
+        q_CV = log_probabilities(packed_TD[rows], head_VD, softcap)
         kl.append(kl_divergence(p_CV, q_CV))
         for which, logp_CV in enumerate((p_CV, q_CV)):
             sums[which] += logp_CV.gather(1, target_T[rows, None]).sum().item()
@@ -164,9 +164,11 @@ def _compare(
     return CacheMeasure(len(target_T), kl_T.mean().item(), kl_T.max().item(), sums[0], sums[1])
 
 
-def log_softmax64(hidden_CD: Tensor, head_VD: Tensor, softcap: float | None) -> Tensor:
-    """Log-probabilities `[C, V]` in float64; the product with the head stays in its own dtype."""
-    logits_CV = (hidden_CD @ head_VD.T).double()
+def log_probabilities(
+    hidden_CD: Tensor, head_VD: Tensor, softcap: float | None, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Log-probabilities `[C, V]` in `dtype`; the product with the head stays in its own dtype."""
+    logits_CV = (hidden_CD @ head_VD.T).to(dtype)
     if softcap is not None:
         logits_CV = softcap * torch.tanh(logits_CV / softcap)
     return logits_CV.log_softmax(-1)

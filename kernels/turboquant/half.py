@@ -34,12 +34,12 @@ def to_half(x_D: Tensor) -> Tensor:
 
 
 class HalfCodec:
-    """No compression: what a 16-bit cache would hold."""
+    """No compression: what a 16-bit cache would hold; `dtype` None takes it from `to_half`."""
 
     nbytes = 0
 
-    def __init__(self, head_dim: int) -> None:
-        self.head_dim = head_dim
+    def __init__(self, head_dim: int, dtype: torch.dtype | None = None) -> None:
+        self.head_dim, self.dtype = head_dim, dtype
 
     @property
     def bytes_per_vector(self) -> int:
@@ -49,7 +49,7 @@ class HalfCodec:
     def encode(self, x_D: Tensor) -> HalfVectors:
         """[..., D] → 16 bits a coordinate, in storage of their own."""
         require_vectors(x_D, self.head_dim)
-        half_D = to_half(x_D)
+        half_D = to_half(x_D if self.dtype is None else x_D.detach().to(self.dtype))
         return HalfVectors(half_D.clone() if half_D.data_ptr() == x_D.data_ptr() else half_D)
 
     def decode(self, packed: HalfVectors, dtype: torch.dtype = torch.float32) -> Tensor:

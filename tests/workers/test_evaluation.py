@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stillhouse.configs.stages import CompressConfig
-from stillhouse.workers.cache import TurboQuantCache
+from stillhouse.workers.cache import ObliviousScheme, TurboQuantCache
 from stillhouse.workers.divergence import (
     compressed_cache_factory,
     kl_divergence,
-    log_softmax64,
+    log_probabilities,
     measure_cache,
 )
 from stillhouse.workers.evaluation import exact_match
@@ -63,7 +63,7 @@ def test_log_probabilities_are_those_of_the_model(lm):
         logits_TV = lm.model(torch.tensor([ids])).logits[0].double()
         hidden_TD = lm.model.get_decoder()(torch.tensor([ids])).last_hidden_state[0]
     cap = getattr(lm.model.config, "final_logit_softcapping", None)
-    ours_TV = log_softmax64(hidden_TD, lm.model.lm_head.weight, cap)
+    ours_TV = log_probabilities(hidden_TD, lm.model.lm_head.weight, cap)
     torch.testing.assert_close(ours_TV, logits_TV.log_softmax(-1), rtol=1e-5, atol=1e-5)
     (measure,), _ = measure_cache(lm, [text], EIGHT_BITS)
     targets = torch.tensor(ids[1:])[:, None]
@@ -196,6 +196,8 @@ def test_bytes_over_two_texts_by_hand(llama):
 
 
 def test_the_cache_has_the_configured_format(llama):
-    layout = compressed_cache_factory(llama, MIXED)().scheme.format
+    scheme = compressed_cache_factory(llama, MIXED)().scheme
+    assert isinstance(scheme, ObliviousScheme)
+    layout = scheme.format
     found = (layout.key_bits, layout.value_bits, layout.key_scalar, layout.value_scalar)
     assert found == (3, 2, "norm", "least_squares")

@@ -7,6 +7,7 @@ from stillhouse.workers.cache.scheme import (
     CacheKind,
     CacheScheme,
     ObliviousScheme,
+    SameCodecScheme,
 )
 from stillhouse.workers.cache.turboquant import CacheFactory, TurboQuantCache
 from stillhouse.workers.cache.vllm_presets import VLLM_PRESETS, VllmScheme
@@ -23,6 +24,7 @@ __all__ = [
     "FittedScheme",
     "LayerPlan",
     "ObliviousScheme",
+    "SameCodecScheme",
     "TurboQuantCache",
     "VllmScheme",
 ]

@@ -3,6 +3,7 @@
 Shape suffixes: B sequences, H key/value heads, T tokens, D head size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -52,21 +53,33 @@ class CacheFormat:
     recent: int = 0
 
 
-class ObliviousScheme:
+MakeCodec = Callable[[int, CacheKind, torch.device], VectorCodec]
+
+
+class SameCodecScheme:
+    """The same codec for every layer; `make` is asked once a head size, kind and device."""
+
+    def __init__(self, make: MakeCodec, sinks: int = 0, recent: int = 0) -> None:
+        self.sinks, self.recent = sinks, recent
+        self._make = make
+        self._codecs: dict[tuple[int, CacheKind, torch.device], VectorCodec] = {}
+
+    def codec(self, layer: int, kind: CacheKind, sample_BHTD: Tensor) -> VectorCodec:
+        """One a head size, kind and device."""
+        key = (sample_BHTD.shape[-1], kind, sample_BHTD.device)
+        if key not in self._codecs:
+            self._codecs[key] = self._make(*key)
+        return self._codecs[key]
+
+
+class ObliviousScheme(SameCodecScheme):
     """The same mse codec for every layer: needs nothing but the head size."""
 
     def __init__(self, format: CacheFormat | None = None) -> None:
         self.format = format or CacheFormat()
-        self.sinks, self.recent = self.format.sinks, self.format.recent
-        self._codecs: dict[tuple[int, CacheKind, torch.device], MseCodec] = {}
+        super().__init__(self._mse, self.format.sinks, self.format.recent)
 
-    def codec(self, layer: int, kind: CacheKind, sample_BHTD: Tensor) -> MseCodec:
-        """One a head size, kind and device."""
-        head_dim, device = sample_BHTD.shape[-1], sample_BHTD.device
-        key = (head_dim, kind, device)
-        if key not in self._codecs:
-            bits = self.format.key_bits if kind == "key" else self.format.value_bits
-            scalar = self.format.key_scalar if kind == "key" else self.format.value_scalar
-            seed = self.format.seed
-            self._codecs[key] = MseCodec(head_dim, bits, scalar, seed, device=device)
-        return self._codecs[key]
+    def _mse(self, head_dim: int, kind: CacheKind, device: torch.device) -> MseCodec:
+        bits = self.format.key_bits if kind == "key" else self.format.value_bits
+        scalar = self.format.key_scalar if kind == "key" else self.format.value_scalar
+        return MseCodec(head_dim, bits, scalar, self.format.seed, device=device)

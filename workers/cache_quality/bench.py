@@ -1,0 +1,237 @@
+"""One table of all formats on one model: the same windows, the same positions, one process."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from stillhouse.errors import ModelError
+from stillhouse.kernels.turboquant import NotFiniteError
+from stillhouse.workers.batching import pad_right
+from stillhouse.workers.cache_quality.caches import CacheSource, MakeCache, SizedCache
+from stillhouse.workers.cache_quality.formats import QualityFormat
+from stillhouse.workers.cache_quality.needle import LENGTHS, Haystack, haystack, retrieved
+from stillhouse.workers.cache_quality.report import QualityFigures, QualityReport, QualityRow
+from stillhouse.workers.cache_quality.tally import Tally, compare
+from stillhouse.workers.calibrator import calibrate
+from stillhouse.workers.models.language_model import LanguageModel
+from stillhouse.workers.projection import core, hidden_states
+
+KNOWN = 0.75  # a length counts where full precision retrieves this share
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class QualityJob:
+    """What to measure, and on what.
+
+    heldout, calibration: texts, none in both. tokens, calibration_tokens: at most so many of each.
+    window: tokens that are read at once, at most the model's context. seeds: 0 … seeds - 1 for
+    formats that draw; sinks, recent: tokens that ours keep in 16 bits.
+    """
+
+    heldout: Sequence[str]
+    calibration: Sequence[str]
+    formats: Sequence[QualityFormat]
+    seeds: int = 1
+    window: int = 1024
+    tokens: int = 8192
+    calibration_tokens: int = 8192
+    sinks: int = 4
+    recent: int = 0
+
+
+@dataclass(slots=True)
+class _Trial:
+    """A format with a seed, on its way through the windows; `note` says why it left."""
+
+    form: QualityFormat
+    seed: int
+    make: MakeCache | None = None
+    note: str | None = None
+    tally: Tally = field(default_factory=Tally)
+    found: dict[int, list[bool]] = field(default_factory=dict)
+
+
+def bench(lm: LanguageModel, job: QualityJob, progress: Progress) -> QualityReport:
+    """Measure every format; one that cannot be measured has a row that says why.
+
+    progress: hears (what, done, of how many). ModelError when there is no text to measure on.
+    """
+    window = min(job.window, lm.context)
+    rows = windows(lm, job.heldout, window, job.tokens)
+    if not rows:
+        raise ModelError("expected held-out text of 2 tokens at least, found none")
+    fitted = any(form.calibrated for form in job.formats)
+    learnt = windows(lm, job.calibration, window, job.calibration_tokens) if fitted else []
+    trials = _trials(lm, job, learnt, progress)
+    logp = _diverge(lm, rows, trials, progress)
+    known = _seek(lm, rows, trials, job.seeds, progress)
+    tokens = sum(len(row) - 1 for row in rows)
+    perplexity = math.exp(-logp / tokens)
+    return QualityReport(
+        rows=tuple(_row(form, trials, perplexity) for form in job.formats),
+        windows=len(rows),
+        tokens=tokens,
+        calibration_tokens=sum(map(len, learnt)),
+        perplexity=perplexity,
+        needle_full=known,
+    )
+
+
+def windows(lm: LanguageModel, texts: Iterable[str], window: int, tokens: int) -> list[list[int]]:
+    """Token rows with BOS where the model has one, until `tokens` of them are read.
+
+    Of a row all tokens but the last are read, at most `window`; the last is only predicted. The
+    rest of a text that was cut counts only where it fills half a window.
+    """
+    rows: list[list[int]] = []
+    start = [] if lm.bos is None else [lm.bos]
+    step = window - len(start)
+    read = 0
+    for text in texts:
+        body = lm.encode_prompt(text)[len(start) :]
+        for begin in range(0, len(body), step):
+            row = [*start, *body[begin : begin + step + 1]]
+            if len(row) > (window // 2 if begin else 1):
+                rows.append(row)
+                read += len(row) - 1
+            if read >= tokens:
+                return rows
+    return rows
+
+
+def _trials(
+    lm: LanguageModel, job: QualityJob, learnt: Sequence[Sequence[int]], progress: Progress
+) -> list[_Trial]:
+    trials = []
+    for seed in range(job.seeds):
+        calibration = None
+        if learnt:
+            progress("calibrate", seed, job.seeds)
+            calibration = calibrate(lm, learnt, sinks=job.sinks, recent=job.recent, seed=seed)
+        source = CacheSource(core(lm).config, job.sinks, job.recent, seed, calibration)
+        for form in job.formats:
+            if form.seeded or not seed:
+                trials.append(_trial(source, form))
+    return trials
+
+
+def _trial(source: CacheSource, form: QualityFormat) -> _Trial:
+    try:
+        return _Trial(form, source.seed, source.maker(form))
+    except ImportError:
+        return _Trial(form, source.seed, note="not installed: pip install 'stillhouse[bench]'")
+    except ValueError as error:
+        return _Trial(form, source.seed, note=_short(error))
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+@torch.inference_mode()
+def _read(lm: LanguageModel, ids: Sequence[int], cache: Cache) -> Tensor:
+    return hidden_states(lm, pad_right([ids], lm.pad, core(lm).device), cache)[0]
+
+
+def _diverge(
+    lm: LanguageModel, rows: Sequence[Sequence[int]], trials: Sequence[_Trial], progress: Progress
+) -> float:
+    """Fill the tallies; full precision's sum of log-probabilities."""
+    logp = 0.0
+    total, done = len(rows) * len(trials), 0
+    for row in rows:
+        read = row[:-1]  # the last token is only predicted
+        full_TD = _read(lm, read, DynamicCache(config=core(lm).config))
+        hidden: dict[int, Tensor] = {}
+        for index, trial in enumerate(trials):
+            progress(f"read {trial.form.name}", done, total)
+            done += 1
+            if trial.make is not None:
+                state_TD = _stored(lm, read, trial, trial.make())
+                if state_TD is not None:
+                    hidden[index] = state_TD
+        progress("compare with full precision", done, total)
+        target_T = torch.tensor(row[1:], device=full_TD.device)
+        tallies = {index: trials[index].tally for index in hidden}
+        logp += compare(lm, full_TD, hidden, target_T, tallies)
+    return logp
+
+
+def _stored(lm: LanguageModel, ids: Sequence[int], trial: _Trial, cache: Any) -> Tensor | None:
+    """Hidden states as the trial's cache makes them; None, and a note, where it cannot."""
+    try:
+        state_TD = _read(lm, ids, cache)
+    except (NotFiniteError, ValueError) as error:
+        trial.make, trial.note = None, _short(error)
+        return None
+    _weigh(cache, len(ids), trial.tally)
+    return state_TD
+
+
+def _weigh(cache: SizedCache, tokens: int, tally: Tally) -> None:
+    tally.tables = cache.table_nbytes
+    tally.stored += cache.nbytes - cache.table_nbytes
+    tally.cached += tokens
+
+
+def _seek(
+    lm: LanguageModel,
+    rows: Sequence[Sequence[int]],
+    trials: Sequence[_Trial],
+    seeds: int,
+    progress: Progress,
+) -> dict[int, float]:
+    """Look for needles at every length that full precision can do; its shares by length."""
+    skip = 0 if lm.bos is None else 1
+    filler = [token for row in rows for token in row[skip:]]
+    shares: dict[int, float] = {}
+    for length in LENGTHS:
+        if length > lm.context:
+            continue
+        made = [haystack(lm, filler, length, seed) for seed in range(seeds)]
+        stacks = [stack for stack in made if stack is not None]
+        if not stacks:
+            continue
+        full = [_full(lm, stack) for stack in stacks]
+        shares[length] = sum(map(sum, full)) / sum(map(len, full))
+        if shares[length] < KNOWN:
+            continue
+        for index, trial in enumerate(trials):
+            progress(f"seek in {length:,} tokens: {trial.form.name}", index, len(trials))
+            if trial.make is not None:
+                trial.found[length] = retrieved(lm, stacks[trial.seed], trial.make())
+    return shares
+
+
+def _full(lm: LanguageModel, stack: Haystack) -> list[bool]:
+    return retrieved(lm, stack, DynamicCache(config=core(lm).config))
+
+
+def _row(form: QualityFormat, trials: Sequence[_Trial], perplexity: float) -> QualityRow:
+    mine = [trial for trial in trials if trial.form == form]
+    notes = [trial.note for trial in mine if trial.note]
+    if notes:
+        return QualityRow(form, (), notes[0])
+    return QualityRow(form, tuple(_figures(trial, perplexity) for trial in mine))
+
+
+def _figures(trial: _Trial, perplexity: float) -> QualityFigures:
+    tally = trial.tally
+    found = [hit for hits in trial.found.values() for hit in hits]
+    return QualityFigures(
+        bytes_per_token=tally.stored / tally.cached,
+        table_bytes=tally.tables,
+        perplexity=tally.perplexity,
+        perplexity_change=tally.perplexity / perplexity - 1,
+        kl_mean=math.fsum(tally.kl) / len(tally.kl),
+        kl_p99=tally.kl_p99,
+        top1_agreement=tally.agreed / len(tally.kl),
+        needle=sum(found) / len(found) if found else None,
+    )
