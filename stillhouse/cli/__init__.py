@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from stillhouse.cli import bench
+from stillhouse.cli.runs import find_run, open_catalog
 from stillhouse.errors import ConfigError, StillhouseError
 
 if TYPE_CHECKING:
     from stillhouse.configs.recipe import RecipeConfig
-    from stillhouse.storage.catalog import Catalog
-    from stillhouse.storage.layout import RunFolder
 
 app = typer.Typer(
     name="stillhouse",
@@ -21,6 +21,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(bench.app, name="bench")
 
 RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")]
 Overrides = Annotated[
@@ -156,7 +158,7 @@ def status(run: RunArgument) -> None:
     from stillhouse.cli.tables import show_status
     from stillhouse.pipelines.planning import read_status
 
-    show_status(read_status(_folder(run)))
+    show_status(read_status(find_run(run)))
 
 
 @app.command()
@@ -165,7 +167,7 @@ def report(run: RunArgument) -> None:
     from stillhouse.cli.tables import show_report
     from stillhouse.pipelines.last_start import read_keys
 
-    folder = _folder(run)
+    folder = find_run(run)
     if not folder.report.is_file():
         raise ConfigError(f"{folder.report}: no report yet; the run is not finished")
     try:
@@ -192,7 +194,7 @@ def query(
     """Query a run's tables with SQL, read-only."""
     from stillhouse.cli.tables import show_rows
 
-    with _catalog(run) as catalog:
+    with open_catalog(run) as catalog:
         names, rows = catalog.query(sql)
         show_rows(names, rows, limit)
 
@@ -205,7 +207,7 @@ def trace(
     """Print a prompt's whole way through the line."""
     from stillhouse.cli.tables import show_trace
 
-    with _catalog(run) as catalog:
+    with open_catalog(run) as catalog:
         show_trace(catalog.trace(identity))
 
 
@@ -225,25 +227,6 @@ def _recipe(name: str, overrides: list[str] | None) -> "RecipeConfig":
     from stillhouse.configs.load import load_recipe
 
     return load_recipe(name, overrides or ())
-
-
-def _folder(run: str) -> "RunFolder":
-    from stillhouse.storage.layout import RunFolder
-
-    for root in (Path(run), Path("runs") / run):
-        folder = RunFolder(root)
-        if folder.plan.is_file():
-            return folder
-    raise ConfigError(f"no run {run!r}: expected a folder with plan.json, or its name under runs/")
-
-
-def _catalog(run: str) -> "Catalog":
-    from stillhouse.pipelines.last_start import read_keys
-    from stillhouse.storage.catalog import Catalog
-    from stillhouse.storage.manifest import Manifest
-
-    folder = _folder(run)
-    return Catalog(folder, Manifest(folder), read_keys(folder))
 
 
 def main() -> None:

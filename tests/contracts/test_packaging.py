@@ -183,7 +183,7 @@ def requirements() -> list[Requirement]:
     extras = project["optional-dependencies"]
     lines = [*project["dependencies"]]
     for extra, wanted in extras.items():
-        if not extra.startswith("vllm"):  # not part of `make setup`
+        if extra not in ("vllm", "bench"):  # not part of the environment
             lines += wanted
     return [r for r in map(Requirement, lines) if r.name != "stillhouse"]
 
@@ -206,7 +206,7 @@ def test_every_dependency_has_a_fitting_pin() -> None:
         assert pinned[name] in requirement.specifier, f"{requirement} against {pinned[name]}"
 
 
-@pytest.mark.parametrize("file", ["models.txt", "hf-kernels.txt"])
+@pytest.mark.parametrize("file", ["models.txt", "hf-kernels.txt", "peers.txt"])
 def test_other_requirements_are_pinned(file: str) -> None:
     assert pins(f"requirements/{file}")
 

@@ -41,6 +41,7 @@ class Checkout:
         (root / "pyproject.toml").touch()
         (root / "constraints.txt").write_text("torch==2\ntriton==1\n")
         (root / "requirements" / "models.txt").touch()
+        (root / "requirements" / "peers.txt").touch()
         self.kernels("kernels==1")
         self.python = root / "python-for-tests"
         self.python.write_text(PYTHON)

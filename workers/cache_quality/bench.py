@@ -1,7 +1,7 @@
 """One table of all formats on one model: the same windows, the same positions, one process."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from stillhouse.kernels.turboquant import NotFiniteError
 from stillhouse.workers.batching import pad_right
 from stillhouse.workers.cache_quality.caches import CacheSource, MakeCache, SizedCache
 from stillhouse.workers.cache_quality.formats import QualityFormat
+from stillhouse.workers.cache_quality.job import Progress, QualityJob
 from stillhouse.workers.cache_quality.needle import LENGTHS, Haystack, haystack, retrieved
 from stillhouse.workers.cache_quality.report import QualityFigures, QualityReport, QualityRow
 from stillhouse.workers.cache_quality.tally import Tally, compare
@@ -22,28 +23,6 @@ from stillhouse.workers.models.language_model import LanguageModel
 from stillhouse.workers.projection import core, hidden_states
 
 KNOWN = 0.75  # a length counts where full precision retrieves this share
-
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class QualityJob:
-    """What to measure, and on what.
-
-    heldout, calibration: texts, none in both. tokens, calibration_tokens: at most so many of each.
-    window: tokens that are read at once, at most the model's context. seeds: 0 … seeds - 1 for
-    formats that draw; sinks, recent: tokens that ours keep in 16 bits.
-    """
-
-    heldout: Sequence[str]
-    calibration: Sequence[str]
-    formats: Sequence[QualityFormat]
-    seeds: int = 1
-    window: int = 1024
-    tokens: int = 8192
-    calibration_tokens: int = 8192
-    sinks: int = 4
-    recent: int = 0
 
 
 @dataclass(slots=True)

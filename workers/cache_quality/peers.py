@@ -8,6 +8,7 @@ transformers keeps.
 Shape suffixes: B sequences, H key/value heads, T tokens, D head size.
 """
 
+import importlib.metadata
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import QuantizedCache
 
+_PACKAGES = {"quanto": "optimum-quanto", "hqq": "hqq"}
 # transformers' documentation ("KV cache strategies", quantized cache) asks for these axes.
 _AXES = {"quanto": 0, "hqq": 1}
 # HQQ 0.2.8 reads 3 bits along axis 1 back from matrices only.
@@ -32,6 +34,7 @@ class ReadBackCache(QuantizedCache):
     table_nbytes = 0
 
     def __init__(self, backend: str, config: PreTrainedConfig, bits: int) -> None:
+        importlib.metadata.version(_PACKAGES[backend])  # transformers' own check of quanto breaks
         axis = _AXIS_OF_3_BITS if bits == 3 else _AXES[backend]
         super().__init__(backend, config, bits, axis_key=axis, axis_value=axis)
 

@@ -1,0 +1,74 @@
+"""`stillhouse bench`: measurements of a model's cache."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stillhouse.errors import ConfigError
+
+app = typer.Typer(help="Measure.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Measure what a choice costs and saves."""
+
+
+@app.command("cache-quality")
+def cache_quality(
+    model: Annotated[str, typer.Option(help="A model: a folder, package:… or a hub name.")],
+    out: Annotated[Path, typer.Option("--json", metavar="OUT", help="Where the table goes.")],
+    text: Annotated[
+        Path | None,
+        typer.Option(help="A text: its first half calibrates, its second is measured on."),
+    ] = None,
+    corpus: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Instead of --text: a run's corpus.")
+    ] = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(help="mse:4, fitted:3.5, vllm:4bit_nc, …; several with commas; else all."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Rotations and calibrations to draw.")] = 1,
+    tokens: Annotated[
+        int, typer.Option(min=2, help="Tokens to measure on, and to calibrate on.")
+    ] = 8192,
+    window: Annotated[int, typer.Option(min=16, help="Tokens read at once.")] = 1024,
+) -> None:
+    """Perplexity, next-token KL and retrieval of every cache format, ours and others'."""
+    from stillhouse.cli.console import Console
+    from stillhouse.cli.quality_table import show_quality
+    from stillhouse.pipelines.cache_quality import (
+        ask_quality,
+        bench_cache_quality,
+        corpus_source,
+        text_source,
+        write_quality,
+    )
+
+    if (text is None) == (corpus is None):
+        raise ConfigError(
+            "bench cache-quality: expected --text or --corpus, found "
+            f"{'neither' if text is None else 'both'}. Give one"
+        )
+    if text is not None:
+        source = text_source(text)
+    else:
+        from stillhouse.cli.runs import open_catalog
+
+        with open_catalog(corpus or "") as catalog:
+            source = corpus_source(corpus or "", catalog)
+    names = tuple(word.strip() for entry in formats or () for word in entry.split(","))
+    job = ask_quality(source, tuple(filter(None, names)), seeds, tokens, window)
+    with Console() as console:
+        console.stage_started("bench", "", 0)
+        report = bench_cache_quality(
+            model,
+            job,
+            lambda what, done, total: console.progress("bench", done, total, what),
+            console.note,
+        )
+    picture = write_quality(model, source, job, report, out)
+    show_quality(report)
+    print(f"Everything: {out}\nPicture: {picture}")
