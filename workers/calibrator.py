@@ -20,6 +20,10 @@ from stillhouse.workers.cache import CachePlan, LayerPlan
 from stillhouse.workers.models.language_model import LanguageModel
 from stillhouse.workers.moments import LayerMoments, VectorMoments, stream_moments
 from stillhouse.workers.protocols import CalibrateJob
+from stillhouse.workers.recall import recalling
+
+RECALL = 0.5  # docs/decisions/0012: what it is worth
+RIDGE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +37,7 @@ class _Fitting:
     @classmethod
     def of(cls, moments: VectorMoments) -> "_Fitting":
         # ½: what an error costs in nats.
-        basis = balance(moments.covariance(), moments.fisher() / 2)
+        basis = balance(moments.covariance(), moments.fisher() / 2, RIDGE)
         return cls(moments, basis, Part(basis.spread_HD.shape[0], group_curve(basis.spread_HD)))
 
 
@@ -87,24 +91,27 @@ def calibrate(
     sinks: int,
     recent: int,
     seed: int = 0,
+    recall: float = RECALL,
 ) -> Calibration:
-    """One pass, forward and backward, over token rows; see `stream_moments`."""
+    """One pass, forward and backward, over token rows; see `stream_moments`.
+
+    recall: share of spans that come again; the rows make the rest (see `recalling`).
+    """
+    rows = recalling(rows, recall, lm.context, seed)
     return Calibration(stream_moments(lm, rows, sinks, seed), sinks, recent, seed)
 
 
 def write_plan(lm: LanguageModel, job: CalibrateJob, notify: Callable[[str], None]) -> int:
     """Calibrate on the job's texts, up to its tokens, and write the plan of its bytes.
 
-    Returns how many tokens went through the model. Texts beyond the model's context are left out.
+    Returns how many tokens went through the model.
     """
     config = job.config
     rows: list[list[int]] = []
     tokens = 0
     for text in job.texts:
-        row = lm.encode_prompt(text)
-        if len(row) <= lm.context:
-            rows.append(row)
-            tokens += len(row)
+        rows.append(lm.encode_prompt(text))
+        tokens += round(len(rows[-1]) / (1 - RECALL))
         if tokens >= config.calibration_tokens:
             break
     notify(f"fitting the cache on {tokens:,} tokens of {len(rows):,} texts")

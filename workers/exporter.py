@@ -1,6 +1,5 @@
 """A model folder that stands on its own: adapter merged, safetensors, tokenizer, manifest."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,9 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from stillhouse.errors import ModelError
 from stillhouse.storage.integrity import sha256_of
-from stillhouse.workers.cache import PLAN_FILES
+from stillhouse.workers.cache import CachePlan
 from stillhouse.workers.folders import atomic_folder, write_json
+from stillhouse.workers.folding import fold_values
 from stillhouse.workers.models.language_model import LanguageModel
 from stillhouse.workers.protocols import ExportJob
 
@@ -22,13 +22,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def export(lm: LanguageModel, job: ExportJob) -> tuple[Path, ...]:
     """Write the model of `lm` to `job.folder`, all or nothing; return its files, sorted.
 
-    The adapter is merged in `lm` itself and its weights are cast: do not use `lm` afterwards. The
-    same weights and manifest give the same bytes. Raises `ModelError` for an unknown dtype and for
-    weights that are not finite after the merge or the cast.
+    The adapter is merged in `lm` itself, a cache plan's maps of values go into its weights, and
+    these are cast: do not use `lm` afterwards. The same weights and manifest give the same bytes.
+    Raises `ModelError` for an unknown dtype and for weights that are not finite after the merge or
+    the cast.
     """
     if job.dtype not in DTYPES:
         raise ModelError(f"export: expected a dtype of {sorted(DTYPES)}, found {job.dtype!r}")
     model: Any = _merged(lm.model)
+    plan = None if job.cache_plan is None else fold_values(model, CachePlan.load(job.cache_plan))
     model.to(dtype=DTYPES[job.dtype])
     _refuse_not_finite(model, job)
     # No hashes.json: the manifest holds the hashes.
@@ -38,9 +40,8 @@ def export(lm: LanguageModel, job: ExportJob) -> tuple[Path, ...]:
         )
         model.save_pretrained(folder)
         lm.tokenizer.save_pretrained(folder)
-        if job.cache_plan is not None:
-            for name in PLAN_FILES:
-                shutil.copyfile(job.cache_plan / name, folder / name)
+        if plan is not None:
+            plan.save(folder)
         write_json(folder / MANIFEST, _manifest(job, folder))
     return tuple(sorted(path for path in job.folder.rglob("*") if path.is_file()))
 

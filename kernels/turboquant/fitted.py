@@ -33,31 +33,39 @@ _TINY = 1e-20
 class HeadFit:
     """What is known of a layer's keys or values, float32 on one device.
 
-    mean_HD: μ. map_HDD: T. inverse_HDD: T^-1. weight_HD: cost of a unit error in each coded
-    channel. groups: of consecutive channels, D in all, the same for every head.
+    mean_HD: μ. map_HDD: T. inverse_HDD: T^-1. Both maps are None where T is the identity: the model
+    itself makes mapped vectors. weight_HD: cost of a unit error in each coded channel. groups: of
+    consecutive channels, D in all, the same for every head.
     """
 
     mean_HD: Tensor
-    map_HDD: Tensor
-    inverse_HDD: Tensor
+    map_HDD: Tensor | None
+    inverse_HDD: Tensor | None
     weight_HD: Tensor
     groups: tuple[ChannelGroup, ...]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the four tensors."""
+        """Bytes of its tensors."""
         tensors = (self.mean_HD, self.map_HDD, self.inverse_HDD, self.weight_HD)
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        return sum(x.untyped_storage().nbytes() for x in tensors if x is not None)
 
     def to(self, device: torch.device | str) -> "HeadFit":
         """The same on another device."""
         return HeadFit(
             self.mean_HD.to(device),
-            self.map_HDD.to(device),
-            self.inverse_HDD.to(device),
+            None if self.map_HDD is None else self.map_HDD.to(device),
+            None if self.inverse_HDD is None else self.inverse_HDD.to(device),
             self.weight_HD.to(device),
             self.groups,
         )
+
+    def without_map(self) -> "HeadFit":
+        """For a model that makes T x where it made x."""
+        if self.map_HDD is None:
+            return self
+        mean_HD = (self.map_HDD.double() @ self.mean_HD.double()[..., None])[..., 0].float()
+        return HeadFit(mean_HD, None, None, self.weight_HD, self.groups)
 
 
 def fit_heads(
@@ -124,7 +132,7 @@ class FittedCodec:
         """
         require_vectors(x_BHTD, self.head_dim, self.heads)
         centred = x_BHTD.detach().float() - self.fit.mean_HD[:, None]
-        coded = centred @ self.fit.map_HDD.mT
+        coded = centred if self.fit.map_HDD is None else centred @ self.fit.map_HDD.mT
         norm = torch.linalg.vector_norm(coded, dim=-1)
         unit = coded * torch.where(norm > 0, math.sqrt(self.head_dim) / norm, 0.0)[..., None]
         widths = [group.channels for group in self.fit.groups]
@@ -156,7 +164,9 @@ class FittedCodec:
             start = stop
         scale = packed.scalars.float() / math.sqrt(self.head_dim)
         coded = torch.cat(parts, dim=-1) * scale[..., None]
-        return (coded @ self.fit.inverse_HDD.mT + self.fit.mean_HD[:, None]).to(dtype)
+        if self.fit.inverse_HDD is not None:
+            coded = coded @ self.fit.inverse_HDD.mT
+        return (coded + self.fit.mean_HD[:, None]).to(dtype)
 
     def _look_up(self, index: Tensor, bits: int) -> Tensor:
         return self._centroids[bits].index_select(0, index.reshape(-1)).view(index.shape)

@@ -111,7 +111,8 @@ class CachePlan:
 
 
 def _stored(fit: HeadFit) -> dict[str, Tensor]:
-    return {"mean": fit.mean_HD, "map": fit.map_HDD, "weight": fit.weight_HD}
+    found = {"mean": fit.mean_HD, "map": fit.map_HDD, "weight": fit.weight_HD}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def _fit(
@@ -119,14 +120,15 @@ def _fit(
 ) -> HeadFit | None:
     if groups is None:
         return None
-    mean_HD, map_HDD, weight_HD = (
-        tensors[f"layers.{index}.{kind}.{name}"] for name in ("mean", "map", "weight")
-    )
+    prefix = f"layers.{index}.{kind}"
+    mean_HD, weight_HD = tensors[f"{prefix}.mean"], tensors[f"{prefix}.weight"]
+    map_HDD = tensors.get(f"{prefix}.map")
     heads, dim = mean_HD.shape
-    if map_HDD.shape != (heads, dim, dim) or weight_HD.shape != (heads, dim):
+    square = map_HDD is None or map_HDD.shape == (heads, dim, dim)
+    if not square or weight_HD.shape != (heads, dim):
         raise ValueError(f"shapes of layer {index}'s {kind}s do not fit each other")
     # The inverse is not stored: it follows from the map.
-    inverse_HDD = torch.linalg.inv(map_HDD.double()).float()
+    inverse_HDD = None if map_HDD is None else torch.linalg.inv(map_HDD.double()).float()
     coded = tuple(ChannelGroup(channels, bits) for channels, bits in groups)
     return HeadFit(mean_HD, map_HDD, inverse_HDD, weight_HD, coded)
 
