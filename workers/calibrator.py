@@ -5,9 +5,11 @@ token, so bits go where they save most of it. Predictions are first order in the
 and second order in the KL: within some percent at 4 bits, too low below 2.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from stillhouse.errors import ModelError
 from stillhouse.kernels.turboquant import (
     BalancedBasis,
     GroupChoice,
@@ -16,14 +18,16 @@ from stillhouse.kernels.turboquant import (
     group_curve,
 )
 from stillhouse.workers.bits import Part, allocate, reach
-from stillhouse.workers.cache import CachePlan, LayerPlan
+from stillhouse.workers.cache import CachePlan, FittedScheme, LayerPlan
+from stillhouse.workers.divergence import cache_factory, measure_texts
 from stillhouse.workers.models.language_model import LanguageModel
 from stillhouse.workers.moments import LayerMoments, VectorMoments, stream_moments
-from stillhouse.workers.protocols import CalibrateJob
+from stillhouse.workers.protocols import CacheMeasure, CalibrateJob
 from stillhouse.workers.recall import recalling
 
 RECALL = 0.5  # docs/decisions/0012: what it is worth
 RIDGE = 0.05
+_BITS = tuple(quarters / 4 for quarters in range(4, 21))  # what a quality budget chooses from
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,5 +120,54 @@ def write_plan(lm: LanguageModel, job: CalibrateJob, notify: Callable[[str], Non
             break
     notify(f"fitting the cache on {tokens:,} tokens of {len(rows):,} texts")
     calibration = calibrate(lm, rows, sinks=config.sinks, recent=config.recent, seed=config.seed)
-    calibration.plan_of_bits((config.key_bits + config.value_bits) / 2).save(job.folder)
+    if config.budget_kl is None:
+        plan = calibration.plan_of_bits((config.key_bits + config.value_bits) / 2)
+    else:
+        unseen = job.texts[len(rows) :][: config.texts] or job.texts[: config.texts]
+        plan = plan_of_measured_kl(lm, calibration, unseen, config.budget_kl, notify)
+    plan.save(job.folder)
     return tokens
+
+
+def plan_of_measured_kl(
+    lm: LanguageModel,
+    calibration: Calibration,
+    texts: Sequence[str],
+    budget: float,
+    notify: Callable[[str], None],
+) -> CachePlan:
+    """The plan of fewest bits whose mean next-token KL on the texts is at most `budget` nats.
+
+    Found by bisection over quarters of a bit. ModelError when the most bits are not enough: then no
+    fitted cache is good enough for this model.
+    """
+    low, high = 0, len(_BITS) - 1
+    best: CachePlan | None = None
+    found = math.nan
+    while low <= high:
+        middle = (low + high) // 2 if best else high
+        plan = calibration.plan_of_bits(_BITS[middle])
+        found = measured_kl(lm, texts, plan)
+        notify(f"{_BITS[middle]:g} bits: next-token KL {found:.4f} nats, allowed {budget:g}")
+        if found <= budget:
+            best = replace(plan, facts={**plan.facts, "budget_kl": budget, "measured_kl": found})
+            high = middle - 1
+        elif best is None:
+            raise ModelError(
+                f"compress.budget_kl: expected a cache that costs at most {budget:g} nats a token, "
+                f"found {found:.4f} at {_BITS[-1]:g} bits; allow more, or keep the cache in 16 bits"
+            )
+        else:
+            low = middle + 1
+    assert best is not None
+    return best
+
+
+def measured_kl(lm: LanguageModel, texts: Sequence[str], plan: CachePlan) -> float:
+    """Mean next-token KL a token, nats; ModelError when no text can be measured."""
+    measures, _ = measure_texts(lm, texts, cache_factory(lm, FittedScheme(plan)))
+    kept = [measure for measure in measures if isinstance(measure, CacheMeasure)]
+    tokens = sum(measure.tokens for measure in kept)
+    if not tokens:
+        raise ModelError(f"expected texts to measure a cache on, found none of {len(texts)} fit")
+    return math.fsum(measure.kl_mean * measure.tokens for measure in kept) / tokens

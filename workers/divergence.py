@@ -4,7 +4,7 @@ Shape letters: T positions of a text, C positions of a chunk, D hidden size, V v
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,13 @@ def compressed_cache_factory(
 
     All of them share their tables.
     """
-    scheme = FittedScheme(CachePlan.load(plan)) if plan else oblivious_scheme(config)
+    return cache_factory(
+        lm, FittedScheme(CachePlan.load(plan)) if plan else oblivious_scheme(config)
+    )
+
+
+def cache_factory(lm: LanguageModel, scheme: CacheScheme) -> CacheFactory:
+    """Makes empty caches of a scheme."""
 
     def make(padding: Sequence[int] | None = None) -> TurboQuantCache:
         return TurboQuantCache(core(lm).config, scheme, padding)
@@ -66,14 +72,20 @@ def oblivious_scheme(config: CompressConfig) -> CacheScheme:
 def measure_cache(
     lm: LanguageModel, texts: Sequence[str], config: CompressConfig, plan: Path | None = None
 ) -> tuple[list[CacheMeasure | Failed], CacheBytes]:
-    """Divergence of each text and bytes a token over all of them; full cache against compressed.
+    """Divergence of each text and bytes a token over all of them: see `measure_texts`."""
+    return measure_texts(lm, texts, compressed_cache_factory(lm, config, plan))
+
+
+def measure_texts(
+    lm: LanguageModel, texts: Iterable[str], factory: CacheFactory
+) -> tuple[list[CacheMeasure | Failed], CacheBytes]:
+    """Full cache against the factory's.
 
     Every position's attention reads keys and values from the packed storage, its own included. Each
     text runs alone, so that no padding is counted in the bytes; those are what the caches hold
     after each text, without the codecs' tables. A text that cannot be measured is a Failed, and in
     no sum.
     """
-    factory = compressed_cache_factory(lm, config, plan)
     measures: list[CacheMeasure | Failed] = []
     total = _Bytes(0, 0, 0, 0)
     for text in texts:

@@ -148,3 +148,29 @@ def test_generation_reads_the_plan(lm: LanguageModel, tmp_path: Path) -> None:
     assert isinstance(cache, TurboQuantCache)
     assert isinstance(cache.scheme, FittedScheme)
     assert (cache.scheme.sinks, cache.scheme.recent) == (4, 0)
+
+
+def test_a_quality_budget_takes_the_fewest_bits(llama: LanguageModel, tmp_path: Path) -> None:
+    generous, strict = (
+        CompressConfig(sinks=2, calibration_tokens=600, texts=6, budget_kl=budget)
+        for budget in (0.5, 0.05)
+    )
+    bits = []
+    for config in (generous, strict):
+        heard: list[str] = []
+        write_plan(llama, CalibrateJob(ModelSpec("any"), TEXTS, config, tmp_path), heard.append)
+        plan = CachePlan.load(tmp_path)
+        assert config.budget_kl is not None
+        assert plan.facts["measured_kl"] <= config.budget_kl == plan.facts["budget_kl"]
+        assert len(heard) <= 1 + 6  # one line of the fit, then a bisection of 17
+        bits.append(plan.facts["bits_per_coordinate"])
+        cheaper = [line for line in heard if f"{bits[-1] - 0.25:g} bits" in line]
+        assert all(float(line.split()[4]) > config.budget_kl for line in cheaper)
+    assert bits[0] < bits[1]
+
+
+def test_a_budget_that_no_bits_meet_is_refused(llama: LanguageModel, tmp_path: Path) -> None:
+    config = CompressConfig(sinks=2, calibration_tokens=600, texts=4, budget_kl=1e-9)
+    with pytest.raises(ModelError, match=r"compress\.budget_kl: expected a cache that costs at"):
+        write_plan(llama, CalibrateJob(ModelSpec("any"), TEXTS, config, tmp_path), lambda _: None)
+    assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,7 @@
 """Rows that repeat themselves."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +14,7 @@ def test_a_row_and_spans_of_it():
     assert row[:100] == list(range(100))
     assert len(row) == 200
     breaks = [i for i in range(100, 200) if row[i] != row[i - 1] + 1]
-    assert all(b - a <= SPAN[1] for a, b in zip(breaks, breaks[1:], strict=False))
+    assert all(b - a <= SPAN[1] for a, b in itertools.pairwise(breaks))
     assert len(breaks) >= 100 // SPAN[1]
 
 
