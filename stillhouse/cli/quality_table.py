@@ -1,37 +1,45 @@
 """The table of cache formats on standard output."""
 
-from rich.console import Console as Terminal
 from rich.table import Table
 
+from stillhouse.cli.tables import wide_terminal
 from stillhouse.pipelines.cache_quality import QualityReport, QualityRow
 
 _COLUMNS = {
-    "bytes/token": ("bytes_per_token", "{:,.0f}"),
-    "tables MB": ("table_bytes", "{:.2f}"),
-    "perplexity": ("perplexity_change", "{:+.2%}"),
-    "KL mean": ("kl_mean", "{:.4f}"),
-    "KL 99 %": ("kl_p99", "{:.3f}"),
+    "bytes": ("bytes_per_token", "{:,.0f}"),
+    "tables": ("table_bytes", "{:.2f}"),
+    "ppl": ("perplexity_change", "{:+.2%}"),
+    "KL": ("kl_mean", "{:.4f}"),
+    "KL p99": ("kl_p99", "{:.3f}"),
     "top-1": ("top1_agreement", "{:.1%}"),
     "needle": ("needle", "{:.0%}"),
 }
+_EXPLAINED = (
+    "bytes: of cache a token, without tables (MB, once a model); ppl: change of perplexity; KL: next "
+    "token, nats; needle: of what full precision finds in "
+)
 
 
 def show_quality(report: QualityReport) -> None:
-    """Print a row a format; ± is the standard deviation over seeds."""
+    """Print a row a format, ± the standard deviation over seeds, and why rows are empty."""
     table = Table(
         title=f"{report.tokens:,} tokens in {report.windows} windows, perplexity "
         f"{report.perplexity:.4g} in full precision",
-        caption=f"perplexity: change; needle: of what full precision finds in {_lengths(report)}",
+        caption=_EXPLAINED + _lengths(report),
     )
-    table.add_column("format")
+    table.add_column("format", no_wrap=True)
     for name in _COLUMNS:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in report.rows:
         if row.note is not None:
-            table.add_row(row.form.name, row.note)
+            table.add_row(row.form.name)
             continue
         table.add_row(row.form.name, *(_cell(row, *column) for column in _COLUMNS.values()))
-    Terminal(emoji=False).print(table)
+    terminal = wide_terminal()
+    terminal.print(table)
+    for row in report.rows:
+        if row.note is not None:
+            terminal.print(f"{row.form.name}: {row.note}", highlight=False, markup=False)
 
 
 def _lengths(report: QualityReport) -> str:

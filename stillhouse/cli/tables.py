@@ -159,7 +159,7 @@ def show_cache(plan: CachePlan) -> None:
     asked, layers = plan.question, plan.shape.layers
     sliding = sum(layer.window is not None for layer in layers)
     windows = f", sinks {asked.sinks}, recent {asked.recent}" if asked.sinks or asked.recent else ""
-    terminal = _wide_terminal()
+    terminal = wide_terminal()
     title = f"cache of {plan.shape.name}: {len(layers)} layers, {sliding} sliding, batch "
     terminal.print(f"{title}{asked.batch:,}{windows}", highlight=False, markup=False)
     table = Table(
@@ -215,13 +215,13 @@ def show_rows(names: Sequence[str], rows: Iterable[Sequence[Any]], limit: int) -
     found = list(islice(rows, limit + 1))
     for row in found[:limit]:
         table.add_row(*(Text(_cell(value)) for value in row))  # text, else [x] is markup
-    terminal = _wide_terminal()
+    terminal = wide_terminal()
     terminal.print(table)
     if len(found) > limit:
         terminal.print(f"… more than {limit} rows; --limit prints more", style="dim")
 
 
-def _wide_terminal() -> Terminal:
+def wide_terminal() -> Terminal:
     """A file or a pipe has no width: there a row is a line."""
     terminal = Terminal(emoji=False)
     if not terminal.is_terminal:

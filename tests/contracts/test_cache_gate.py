@@ -26,7 +26,7 @@ def biased(cache_root: Path, tmp_path_factory) -> Path:
     missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
     assert not unexpected
     assert all(name.endswith("bias") for name in missing)
-    half = plain.config.head_dim // 2
+    half = model.model.layers[0].self_attn.head_dim // 2
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
