@@ -15,8 +15,8 @@ _COLUMNS = {
     "needle": ("needle", "{:.0%}"),
 }
 _EXPLAINED = (
-    "bytes: of cache a token, without tables (MB, once a model); ppl: change of perplexity; KL: next "
-    "token, nats; needle: of what full precision finds in "
+    "bytes: of cache a token, without tables (MB, once a model); ppl: change of perplexity; KL: "
+    "of the next token, nats; needle: of what full precision finds in "
 )
 
 
