@@ -7,7 +7,7 @@ import typer
 
 from stillhouse.errors import ConfigError
 
-app = typer.Typer(help="Measure.", no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True)
 
 
 @app.callback()

@@ -334,3 +334,54 @@ def test_a_report_is_for_programs_too(clean_run: RunFolder) -> None:
     columns = {"seconds", "rows_in", "kept", "rejected", "failed", "tokens_per_second"}
     assert all(columns <= stage.keys() for stage in report["stages"].values())
     assert list(report["stages"]) == [*STAGES]
+
+
+# Measurements
+
+
+def test_cache_formats_beside_each_other(ask, tmp_path: Path) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out" / "quality.json"
+    text.write_text("\n".join(f"Line {n} of a text has {n * n} words." for n in range(200)))
+    formats = ("--formats", "bf16,mse:2", "--formats", "fitted:2, hqq:4")
+    done = ask(
+        "bench", "cache-quality", "--model", "toy:llama", "--text", str(text), "--tokens", "500",
+        "--window", "128", *formats, "--json", str(out),
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert f"Everything: {out}" in " ".join(done.out.split())
+    assert "hqq:4: not installed: pip install 'stillhouse[bench]'" in done.out
+    assert out.with_suffix(".svg").is_file()
+    rows = {row["format"]: row for row in json.loads(out.read_text())["rows"]}
+    assert list(rows) == ["bf16", "mse:2", "fitted:2", "hqq:4"]
+    assert rows["bf16"]["kl_mean"] < rows["fitted:2"]["kl_mean"] < rows["mse:2"]["kl_mean"]
+    assert rows["fitted:2"]["bytes_per_token"] <= rows["mse:2"]["bytes_per_token"]
+    assert [row["calibrated"] for row in rows.values()] == [False, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "expected --text or --corpus, found neither"),
+        (("--text", "none.txt"), "--text: expected a text file"),
+        (("--corpus", "none"), "no run 'none'"),
+        (("--text", __file__, "--formats", "mse:9"), "--formats: expected names such as bf16"),
+    ],
+)
+def test_a_measurement_that_cannot_be_made(ask, tmp_path: Path, arguments, words: str) -> None:
+    out = tmp_path / "out.json"
+    done = ask("bench", "cache-quality", "--model", "toy:llama", "--json", str(out), *arguments)
+    assert done.code == 2
+    assert words in done.text
+    assert not out.exists()
+
+
+def test_a_measurement_on_a_runs_corpus(clean_run: RunFolder, ask, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    done = ask(
+        "bench", "cache-quality", "--model", "toy:gemma", "--corpus", str(clean_run.root),
+        "--formats", "mse:4", "--tokens", "200", "--json", str(out),
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    found = json.loads(out.read_text())
+    assert found["windows"] > 1
+    assert found["tokens"] >= 1
