@@ -26,7 +26,6 @@ from stillhouse.workers.protocols import CacheMeasure, CalibrateJob
 from stillhouse.workers.recall import recalling
 
 RECALL = 0.5  # docs/decisions/0012: what it is worth
-RIDGE = 0.05
 _BITS = tuple(quarters / 4 for quarters in range(4, 21))  # what a quality budget chooses from
 
 
@@ -41,7 +40,7 @@ class _Fitting:
     @classmethod
     def of(cls, moments: VectorMoments) -> "_Fitting":
         # ½: what an error costs in nats.
-        basis = balance(moments.covariance(), moments.fisher() / 2, RIDGE)
+        basis = balance(moments.covariance(), moments.fisher() / 2)
         return cls(moments, basis, Part(basis.spread_HD.shape[0], group_curve(basis.spread_HD)))
 
 

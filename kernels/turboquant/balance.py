@@ -41,7 +41,7 @@ class ChannelGroup:
     bits: int
 
 
-def balance(covariance_HDD: Tensor, weight_HDD: Tensor, ridge: float = 0.01) -> BalancedBasis:
+def balance(covariance_HDD: Tensor, weight_HDD: Tensor, ridge: float = 0.05) -> BalancedBasis:
     """The balanced basis of each head, from symmetric positive semi-definite float64 matrices.
 
     ridge: share of the mean eigenvalue that is added to every one, so that a direction the samples
