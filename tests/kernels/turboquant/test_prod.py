@@ -6,7 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from stillhouse.kernels.turboquant import SKETCH_KINDS, NotFiniteError, ProdCodec, Sketch
+from stillhouse.kernels.turboquant import (
+    SKETCH_KINDS,
+    NotFiniteError,
+    ProdCodec,
+    Sketch,
+    distortion,
+)
 from stillhouse.kernels.turboquant.reference import (
     lloyd_max_reference,
     reconstruct,
@@ -114,3 +120,20 @@ def test_what_does_not_fit_is_refused():
         ProdCodec(64, 2, other)
     with pytest.raises(NotFiniteError):
         ProdCodec(64, 2).encode(torch.full((1, 64), math.nan))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_bias_and_variance_over_sketches_are_the_papers(bits):
+    """arXiv:2504.19874, theorem 2: no bias, and a variance of (π/2)·D(b-1)‖q‖²‖x‖²/d."""
+    dim, draws = 128, 150
+    x = gaussian(300, dim, seed=5)
+    apart, along = gaussian(300, dim, seed=6), x + gaussian(300, dim, seed=7)
+    off, ratio = [], []
+    for seed in range(draws):
+        codec = ProdCodec(dim, bits, seed=seed)
+        read = codec.decode(codec.encode(x)).double()
+        off.append(((read - x) * apart).sum(-1) / (x.norm(dim=1) * apart.norm(dim=1)))
+        ratio.append((read * along).sum() / (x * along).sum())
+    assert float(torch.stack(ratio).mean()) == pytest.approx(1, abs=1e-3)
+    variance = float(torch.cat(off).square().mean())
+    assert variance == pytest.approx(math.pi / 2 * distortion(bits - 1) / dim, rel=0.03)
