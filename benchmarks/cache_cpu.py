@@ -71,7 +71,7 @@ def measure(form: str, context: int, text: Path, threads: int) -> dict[str, Any]
     scheme: Any = None
     if form.startswith("fitted"):
         rows = [ids[-512:]]  # what is stored and how long that takes do not depend on the fit
-        scheme = FittedScheme(calibrate(lm, rows, sinks=4, recent=0).plan_of_bits(int(form[-1])))
+        scheme = FittedScheme(calibrate(lm, rows, sinks=4, recent=0, context=context).plan_of_bits(int(form[-1])))
     elif form.startswith("k"):
         scheme = ObliviousScheme(CacheFormat(int(form[1]), int(form[3]), sinks=4))
     elif form == "float16":

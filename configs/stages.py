@@ -111,13 +111,15 @@ class CompressConfig(Config):
     """The student's key/value cache: TurboQuant (arXiv:2504.19874), fitted to the student.
 
     The fitted cache shares the bytes of `key_bits` and `value_bits` out anew, over layers, keys,
-    values and channels; with `budget_kl` it takes the fewest bits that keep to that. Without
+    values and channels, as they are in sequences of `context` tokens; with `budget_kl` it takes
+    the fewest bits that keep to that. Without
     `calibrate`, without a corpus, and at 8 bits every layer has the paper's Algorithm 1 with these
     bits and scalars.
     """
 
     calibrate: bool = True
     calibration_tokens: int = Field(8192, ge=64)  # of the corpus' training part, and spans again
+    context: int | None = Field(None, ge=1)  # None: as long as the corpus' texts
     key_bits: Literal[1, 2, 3, 4, 5, 8] = 4
     value_bits: Literal[1, 2, 3, 4, 5, 8] = 4
     key_scalar: Literal["norm", "corrected", "unbiased", "least_squares"] = "unbiased"
@@ -126,8 +128,8 @@ class CompressConfig(Config):
     recent: int = Field(0, ge=0)  # last tokens of a sequence, kept in 16 bits
     seed: int = 0
     texts: int = Field(64, ge=1)  # held-out texts whose next-token divergence is measured
-    budget_kl: float | None = Field(None, gt=0)  # nats a token, on training texts
-    max_kl: float | None = Field(None, gt=0)  # gate, nats a token, on held-out texts
+    budget_kl: float | None = Field(None, gt=0)  # nats a token, on training texts kept apart
+    max_kl: float | None = Field(0.25, gt=0)  # gate, nats a token, on held-out texts
 
 
 class DeployConfig(Config):

@@ -27,6 +27,7 @@ __all__ = [
     "QualitySource",
     "ask_quality",
     "bench_cache_quality",
+    "check_destination",
     "corpus_source",
     "text_source",
     "write_quality",
@@ -57,7 +58,9 @@ def text_source(path: Path) -> QualitySource:
         text = data.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--text: expected a text file in UTF-8, found {error}") from error
-    middle = text.find("\n", len(text) // 2) + 1
+    middle = text.find("\n", len(text) // 2) + 1 or len(text)
+    if not text[middle:].strip():
+        middle = text.rstrip().rfind("\n") + 1
     halves = (text[:middle], text[middle:])
     if not all(half.strip() for half in halves):
         raise ConfigError(f"--text: expected lines in both halves of {path}, found none in one")
@@ -81,12 +84,17 @@ def corpus_source(name: str, catalog: Catalog) -> QualitySource:
 
 
 def ask_quality(
-    source: QualitySource, formats: tuple[str, ...], seeds: int, tokens: int, window: int
+    source: QualitySource,
+    formats: tuple[str, ...],
+    seeds: int,
+    tokens: int,
+    calibration_tokens: int,
+    window: int,
 ) -> QualityJob:
     """The job of a command line; no formats mean all of them. ConfigError for an unknown one."""
     forms = tuple(parse_format(name) for name in dict.fromkeys(formats or DEFAULT_FORMATS))
     return QualityJob(
-        source.heldout, source.calibration, forms, seeds, window, tokens, calibration_tokens=tokens
+        source.heldout, source.calibration, forms, seeds, window, tokens, calibration_tokens
     )
 
 
@@ -97,6 +105,16 @@ def bench_cache_quality(
     return LocalWorkers(default_cache_root(), notify=notify).bench_cache(
         ModelSpec(model), job, progress
     )
+
+
+def check_destination(path: Path) -> None:
+    """ConfigError where `write_quality` could not write, before there is something to lose."""
+    if path.suffix == ".svg":
+        raise ConfigError(f"--json: expected a name for the table, found that of a picture, {path}")
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ConfigError(
+            f"--json: expected a file in a folder that exists and can be written, found {path}"
+        )
 
 
 def write_quality(

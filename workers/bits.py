@@ -15,44 +15,39 @@ from stillhouse.kernels.turboquant import GroupChoice
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The keys or the values of one layer: `copies` vectors a token share each choice."""
+    """The keys or the values of one layer: `copies` vectors a token share each choice.
+
+    stored: share of a sequence's tokens that the layer keeps, below 1 where its attention slides.
+    """
 
     copies: int
     curve: Sequence[GroupChoice]
+    stored: float = 1.0
 
-    def bits(self, place: int) -> int:
-        """Bits a token of the choice at a place of the curve."""
-        return self.copies * self.curve[place].bits
+    def bits(self, place: int) -> float:
+        """Bits kept for a token, on average over the sequence, of the choice at a place."""
+        return self.stored * self.copies * self.curve[place].bits
 
 
-def allocate(parts: Sequence[Part], bits: int) -> list[GroupChoice]:
+def allocate(parts: Sequence[Part], bits: float) -> list[GroupChoice]:
     """The choice of each part, at most `bits` a token in all.
+
+    What no longer fits is passed over, and the rest goes to steps that do.
 
     ValueError when the cheapest choices are more than that.
     """
     places = [0] * len(parts)
     spent = sum(part.bits(0) for part in parts)
     if spent > bits:
-        raise ValueError(f"expected a budget of at least {spent} bits a token, found {bits}")
+        raise ValueError(f"expected a budget of at least {spent:g} bits a token, found {bits:g}")
+    full: set[int] = set()
     for index in _steps(parts):
         more = parts[index].bits(places[index] + 1) - parts[index].bits(places[index])
-        if spent + more > bits:
-            break
+        if index in full or spent + more > bits:
+            full.add(index)  # its later steps would skip one
+            continue
         places[index] += 1
         spent += more
-    return [part.curve[place] for part, place in zip(parts, places, strict=True)]
-
-
-def reach(parts: Sequence[Part], cost: float) -> list[GroupChoice]:
-    """The fewest bits whose expected cost is at most `cost`; all bits when none is."""
-    places = [0] * len(parts)
-    total = sum(part.curve[0].cost for part in parts)
-    for index in _steps(parts):
-        if total <= cost:
-            break
-        curve, place = parts[index].curve, places[index]
-        total += curve[place + 1].cost - curve[place].cost
-        places[index] += 1
     return [part.curve[place] for part, place in zip(parts, places, strict=True)]
 
 

@@ -6,7 +6,7 @@ and second order in the KL: within some percent at 4 bits, too low below 2.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from stillhouse.errors import ModelError
@@ -17,15 +17,18 @@ from stillhouse.kernels.turboquant import (
     fit_heads,
     group_curve,
 )
-from stillhouse.workers.bits import Part, allocate, reach
-from stillhouse.workers.cache import CachePlan, FittedScheme, LayerPlan
+from stillhouse.workers.bits import Part, allocate
+from stillhouse.workers.cache import CachePlan, FittedScheme, LayerPlan, layer_windows
 from stillhouse.workers.divergence import cache_factory, measure_texts
 from stillhouse.workers.models.language_model import LanguageModel
 from stillhouse.workers.moments import LayerMoments, VectorMoments, stream_moments
+from stillhouse.workers.projection import core
 from stillhouse.workers.protocols import CacheMeasure, CalibrateJob
 from stillhouse.workers.recall import recalling
+from stillhouse.workers.token_windows import windows
 
 RECALL = 0.5  # docs/decisions/0012: what it is worth
+ROW = 2048  # tokens of a row at most: its backward pass has to fit into memory
 _BITS = tuple(quarters / 4 for quarters in range(4, 21))  # what a quality budget chooses from
 
 
@@ -38,35 +41,53 @@ class _Fitting:
     part: Part
 
     @classmethod
-    def of(cls, moments: VectorMoments) -> "_Fitting":
+    def of(cls, moments: VectorMoments, stored: float) -> "_Fitting":
         # ½: what an error costs in nats.
         basis = balance(moments.covariance(), moments.fisher() / 2)
-        return cls(moments, basis, Part(basis.spread_HD.shape[0], group_curve(basis.spread_HD)))
+        part = Part(basis.spread_HD.shape[0], group_curve(basis.spread_HD), stored)
+        return cls(moments, basis, part)
+
+    @property
+    def channels(self) -> float:
+        """Coordinates kept for a token, on average over the sequence."""
+        return self.part.stored * self.basis.spread_HD.numel()
 
 
 class Calibration:
-    """Moments of a corpus, from which plans of any budget follow without another pass."""
+    """Moments of a corpus, from which plans of any budget follow without another pass.
 
-    def __init__(self, layers: Sequence[LayerMoments], sinks: int, recent: int, seed: int) -> None:
-        self._sinks, self._recent, self._seed = sinks, recent, seed
+    stored: of each layer, the share of a sequence's tokens that it keeps. tokens: how many were
+    read, those that stay in 16 bits and those that came again included.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerMoments],
+        stored: Sequence[float],
+        tokens: int,
+        sinks: int,
+        recent: int,
+        seed: int,
+    ) -> None:
+        self.tokens, self._sinks, self._recent, self._seed = tokens, sinks, recent, seed
         self._fittings = [
-            _Fitting.of(moments) for layer in layers for moments in (layer.key, layer.value)
+            _Fitting.of(moments, share)
+            for layer, share in zip(layers, stored, strict=True)
+            for moments in (layer.key, layer.value)
         ]
-        self.tokens = self._fittings[0].moments.tokens
 
     @property
-    def channels(self) -> int:
-        """Coordinates of all keys and values of a token."""
-        return sum(fitting.basis.spread_HD.numel() for fitting in self._fittings)
+    def channels(self) -> float:
+        """Coordinates of keys and values kept for a token, on average over the sequence."""
+        return sum(fitting.channels for fitting in self._fittings)
 
     def plan_of_bits(self, bits: float) -> CachePlan:
-        """The plan of least expected KL with at most `bits` a coordinate on average."""
-        parts = [fitting.part for fitting in self._fittings]
-        return self._plan(allocate(parts, int(bits * self.channels)))
+        """The plan of least expected KL with at most `bits` a kept coordinate on average.
 
-    def plan_of_kl(self, kl: float) -> CachePlan:
-        """The plan of fewest bits whose expected KL is at most `kl` nats a token."""
-        return self._plan(reach([fitting.part for fitting in self._fittings], kl))
+        These are the bytes of a cache with `bits` a coordinate in every layer and equal windows.
+        """
+        parts = [fitting.part for fitting in self._fittings]
+        return self._plan(allocate(parts, bits * self.channels))
 
     def _plan(self, choices: Sequence[GroupChoice]) -> CachePlan:
         fits = [
@@ -75,7 +96,7 @@ class Calibration:
         ]
         pairs = zip(fits[::2], fits[1::2], strict=True)
         bits = sum(
-            fitting.part.copies * choice.bits
+            fitting.part.stored * fitting.part.copies * choice.bits
             for fitting, choice in zip(self._fittings, choices, strict=True)
         )
         facts = {
@@ -93,39 +114,74 @@ def calibrate(
     *,
     sinks: int,
     recent: int,
+    context: int,
     seed: int = 0,
-    recall: float = RECALL,
 ) -> Calibration:
-    """One pass, forward and backward, over token rows; see `stream_moments`.
+    """One pass, forward and backward, over token rows and spans of them (see `recalling`).
 
-    recall: share of spans that come again; the rows make the rest (see `recalling`).
+    context: tokens of the sequences that the cache is for, by which a sliding layer's bytes count
+    less. Raises as `stream_moments`.
     """
-    rows = recalling(rows, recall, lm.context, seed)
-    return Calibration(stream_moments(lm, rows, sinks, seed), sinks, recent, seed)
+    read = 0
+
+    def counted() -> Iterator[list[int]]:
+        nonlocal read
+        for row in recalling(rows, RECALL, lm.context, seed):
+            read += len(row)
+            yield row
+
+    moments = stream_moments(lm, counted(), sinks, seed)
+    kept = [
+        context if window is None else min(context, window - 1)
+        for window in layer_windows(core(lm).config)
+    ]
+    stored = [max(tokens, 1) / context for tokens in kept]
+    return Calibration(moments, stored, read, sinks, recent, seed)
+
+
+def calibration_rows(lm: LanguageModel, texts: Iterable[str], tokens: int) -> list[list[int]]:
+    """Token rows of the first texts; with what comes again `calibrate` reads about `tokens`."""
+    window = max(round(min(lm.context, ROW) * (1 - RECALL)) - 1, 1)
+    return windows(lm, texts, window, round(tokens * (1 - RECALL)))
 
 
 def write_plan(lm: LanguageModel, job: CalibrateJob, notify: Callable[[str], None]) -> int:
     """Calibrate on the job's texts, up to its tokens, and write the plan of its bytes.
 
-    Returns how many tokens went through the model.
+    Returns how many tokens the calibration read. With a quality budget some texts are kept apart
+    to measure on; ModelError when there is but one.
     """
     config = job.config
-    rows: list[list[int]] = []
-    tokens = 0
-    for text in job.texts:
-        rows.append(lm.encode_prompt(text))
-        tokens += round(len(rows[-1]) / (1 - RECALL))
-        if tokens >= config.calibration_tokens:
-            break
-    notify(f"fitting the cache on {tokens:,} tokens of {len(rows):,} texts")
-    calibration = calibrate(lm, rows, sinks=config.sinks, recent=config.recent, seed=config.seed)
+    texts, unseen = _apart(job.texts, config.texts if config.budget_kl else 0)
+    rows = calibration_rows(lm, texts, config.calibration_tokens)
+    notify(f"fitting the cache on {sum(map(len, rows)):,} tokens and as many that come again")
+    calibration = calibrate(
+        lm,
+        rows,
+        sinks=config.sinks,
+        recent=config.recent,
+        context=config.context or round(sum(map(len, rows)) / max(len(rows), 1)),
+        seed=config.seed,
+    )
     if config.budget_kl is None:
         plan = calibration.plan_of_bits((config.key_bits + config.value_bits) / 2)
     else:
-        unseen = job.texts[len(rows) :][: config.texts] or job.texts[: config.texts]
         plan = plan_of_measured_kl(lm, calibration, unseen, config.budget_kl, notify)
     plan.save(job.folder)
-    return tokens
+    return calibration.tokens
+
+
+def _apart(texts: Sequence[str], wanted: int) -> tuple[list[str], list[str]]:
+    """Texts to fit on, and up to `wanted` others, a quarter at most, evenly from all of them."""
+    if not wanted:
+        return list(texts), []
+    if len(texts) < 2:
+        raise ModelError(
+            "compress.budget_kl: expected two texts at least, to fit on and to measure on, "
+            f"found {len(texts)}"
+        )
+    every = max(math.ceil(len(texts) / wanted), 4)
+    return [x for i, x in enumerate(texts) if i % every], list(texts[::every])
 
 
 def plan_of_measured_kl(
@@ -137,8 +193,8 @@ def plan_of_measured_kl(
 ) -> CachePlan:
     """The plan of fewest bits whose mean next-token KL on the texts is at most `budget` nats.
 
-    Found by bisection over quarters of a bit. ModelError when the most bits are not enough: then no
-    fitted cache is good enough for this model.
+    Found by bisection over quarters of a bit, as if KL fell with every one of them. ModelError when
+    the most bits are not enough: then no fitted cache is good enough for this model.
     """
     low, high = 0, len(_BITS) - 1
     best: CachePlan | None = None

@@ -30,6 +30,7 @@ from stillhouse.workers.projection import core, hidden_states
 from stillhouse.workers.protocols import CacheBytes, CacheMeasure, Failed
 
 NOT_FINITE = "not_finite: the model gives a token of the text no log-probability"
+NOT_STORABLE = "not_storable"
 CHUNK = 32  # positions at a time: 64 MiB a matrix in float64 at 262,144 words
 
 
@@ -144,7 +145,7 @@ def _measure_text(
     try:
         packed_TD = hidden_states(lm, batch, packed)[0]
     except NotFiniteError as error:
-        return Failed(f"not_finite: {error}")
+        return Failed(f"{NOT_STORABLE}: {error}")
     target_T = torch.tensor(ids[1:], dtype=torch.long, device=full_TD.device)
     measure = _compare(lm, full_TD, packed_TD, target_T)
     if not _is_finite(measure):

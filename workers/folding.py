@@ -8,7 +8,7 @@ Shape suffixes: H key/value heads, G query heads of each, D head size, M hidden 
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ def fold_values(model: Any, plan: CachePlan) -> CachePlan:
     `facts["values_folded"]` says how many layers are folded.
     """
     pairs = [_projections(model, index, layer.value) for index, layer in enumerate(plan.layers)]
-    parameters = [parameter for pair in pairs if pair for parameter in _parameters(pair)]
+    parameters = [parameter for pair in pairs if pair for parameter in pair.parameters]
     kept = [parameter.clone() for parameter in parameters]
     before = _say(model)
     layers: list[LayerPlan] = []
@@ -51,39 +51,53 @@ def fold_values(model: Any, plan: CachePlan) -> CachePlan:
     return replace(plan, facts=dict(plan.facts) | {_FACT: 0})
 
 
-_Pair = tuple[nn.Linear, nn.Linear]
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """What makes a layer's values, the last rows of `value`, and what reads them."""
+
+    value: nn.Linear
+    out: nn.Linear
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All that folding changes, and what else these have."""
+        return [*self.value.parameters(), *self.out.parameters()]
 
 
 def _projections(model: Any, index: int, fit: HeadFit | None) -> _Pair | None:
-    """A layer's v_proj and o_proj, where it has them and they fit."""
+    """A layer's projections of values and of attention's output, where it has them and they fit."""
     if fit is None or fit.map_HDD is None:
         return None
-    heads, dim = fit.mean_HD.shape
     layers: Sequence[Any] = getattr(model.get_decoder(), "layers", ())
     attention = getattr(layers[index], "self_attn", None) if index < len(layers) else None
-    value, out = getattr(attention, "v_proj", None), getattr(attention, "o_proj", None)
-    if not isinstance(value, nn.Linear) or not isinstance(out, nn.Linear):
+    value = _linear(attention, "v_proj", "qkv_proj")
+    out = _linear(attention, "o_proj", "dense")
+    if value is None or out is None:
         return None
-    if value.out_features != heads * dim or out.in_features % (heads * dim):
+    width = fit.mean_HD.numel()
+    fused = out.in_features + 2 * width  # queries, keys, values
+    if value.out_features not in (width, fused) or out.in_features % width:
         return None
-    return value, out
+    return _Pair(value, out)
 
 
-def _parameters(pair: _Pair) -> list[nn.Parameter]:
-    return [parameter for projection in pair for parameter in projection.parameters()]
+def _linear(attention: Any, *names: str) -> nn.Linear | None:
+    found = (getattr(attention, name, None) for name in names)
+    return next((part for part in found if isinstance(part, nn.Linear)), None)
 
 
 def _fold(pair: _Pair, fit: HeadFit) -> None:
-    value, out = pair
     assert fit.map_HDD is not None
-    map_HDD = fit.map_HDD.to(value.weight.device, torch.float64)
+    map_HDD = fit.map_HDD.to(pair.value.weight.device, torch.float64)
     heads, dim, _ = map_HDD.shape
-    weight_HDM = value.weight.double().view(heads, dim, -1)
-    value.weight.copy_((map_HDD @ weight_HDM).flatten(0, 1))
-    if value.bias is not None:
-        bias_HD1 = value.bias.double().view(heads, dim, 1)
-        value.bias.copy_((map_HDD @ bias_HD1).flatten())
+    weight = pair.value.weight[-heads * dim :]
+    weight_HDM = weight.double().view(heads, dim, -1)
+    weight.copy_((map_HDD @ weight_HDM).flatten(0, 1))
+    if pair.value.bias is not None:
+        bias = pair.value.bias[-heads * dim :]
+        bias.copy_((map_HDD @ bias.double().view(heads, dim, 1)).flatten())
     # query heads of a key/value head stand side by side
+    out = pair.out
     weight_HMGD = out.weight.double().view(out.out_features, heads, -1, dim).transpose(0, 1)
     folded_HMGD = weight_HMGD @ torch.linalg.inv(map_HDD)[:, None]
     out.weight.copy_(folded_HMGD.transpose(0, 1).flatten(1))

@@ -4,6 +4,7 @@ Beside it what it is compared with: PolarQuant, plain 8-bit floats, and a split 
 """
 
 from stillhouse.kernels.turboquant.balance import (
+    GROUP_BITS,
     BalancedBasis,
     ChannelGroup,
     GroupChoice,
@@ -48,6 +49,7 @@ from stillhouse.kernels.turboquant.uniform import UniformCodec, UniformVectors
 
 __all__ = [
     "COORDINATE_LAWS",
+    "GROUP_BITS",
     "PROD_BITS",
     "SCALAR_KINDS",
     "SKETCH_KINDS",

@@ -25,6 +25,7 @@ from torch import Tensor
 from stillhouse.kernels.turboquant.codebook import gaussian_codebook, sphere_codebook
 from stillhouse.kernels.turboquant.inputs import require_vectors
 from stillhouse.kernels.turboquant.packing import pack, packed_bytes, unpack
+from stillhouse.kernels.turboquant.precision import in_float32
 from stillhouse.kernels.turboquant.rotation import Rotation
 
 if TYPE_CHECKING:
@@ -122,6 +123,7 @@ class MseCodec:
         own = sum(table.untyped_storage().nbytes() for table in tables)
         return own + (self._triton_tables.nbytes if "_triton_tables" in self.__dict__ else 0)
 
+    @in_float32
     def encode(self, x_D: Tensor) -> PackedVectors:
         """float32/float16/bfloat16 [..., D] → packed vectors; the arithmetic is float32.
 
@@ -145,6 +147,7 @@ class MseCodec:
             packed.require_finite()
         return packed
 
+    @in_float32
     def decode(self, packed: PackedVectors, dtype: torch.dtype = torch.float32) -> Tensor:
         """Packed vectors → `dtype` [..., D]; float32 arithmetic, rounded once at the end."""
         if self._on_triton(packed.scalars):

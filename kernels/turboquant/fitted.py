@@ -1,13 +1,13 @@
 """The codec fitted to one layer's heads: a mean, a linear map, channel groups, one scalar.
 
-z = T (x - μ) with μ and T of the head; z / ‖z‖ · √D is rounded as in the mse codec
-(arXiv:2504.19874, Algorithm 1), but each group of channels with its own codebook. T is the balanced
-map (`balance`), each group rotated in itself and divided by its root mean spread, so that all
-channels have variance 1 and one float16 scalar serves the vector. The errors of a group with mean
-spread v cost v² what they cost with v = 1: the scalar is the estimator of that weighted inner
-product (`unbiased`, for keys) or of least weighted error (`least_squares`, for values).
+z = T (x - μ) with μ and T of the head, without the channels of 0 bits; z / ‖z‖ · √C is rounded as
+in the mse codec (arXiv:2504.19874, Algorithm 1), but each group of channels with its own codebook.
+T is the balanced map (`balance`), each group rotated in itself and divided by its root mean spread,
+so that all channels have variance 1 and one float16 scalar serves the vector. The errors of a group
+with mean spread v cost v² what they cost with v = 1: the scalar is the estimator of that weighted
+inner product (`unbiased`, for keys) or of least weighted error (`least_squares`, for values).
 
-Shape suffixes: B sequences, H heads, T tokens, D head size, P packed bytes.
+Shape suffixes: B sequences, H heads, T tokens, D head size, C coded channels, P packed bytes.
 """
 
 import math
@@ -17,12 +17,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from stillhouse.kernels.turboquant.balance import BalancedBasis, ChannelGroup
 from stillhouse.kernels.turboquant.codebook import gaussian_codebook
 from stillhouse.kernels.turboquant.codec import PackedVectors
 from stillhouse.kernels.turboquant.inputs import require_vectors
 from stillhouse.kernels.turboquant.packing import pack, packed_bytes, unpack
+from stillhouse.kernels.turboquant.precision import in_float32
 from stillhouse.kernels.turboquant.sketch import haar_matrix
 
 FittedScalar = Literal["unbiased", "least_squares"]
@@ -104,9 +106,11 @@ class FittedCodec:
         self.fit, self.scalar = fit, scalar
         self.heads, self.head_dim = fit.mean_HD.shape
         device = fit.mean_HD.device
+        self._groups = tuple(group for group in fit.groups if group.bits)
+        self._coded = sum(group.channels for group in self._groups)
         self._centroids: dict[int, Tensor] = {}
         self._boundaries: dict[int, Tensor] = {}
-        for bits in {group.bits for group in fit.groups if group.bits}:
+        for bits in {group.bits for group in self._groups}:
             book = gaussian_codebook(bits)
             # Explicit dtypes: a serving engine builds models under a bfloat16 default dtype.
             self._centroids[bits] = torch.tensor(book.centroids, dtype=torch.float32, device=device)
@@ -117,7 +121,7 @@ class FittedCodec:
     @property
     def bytes_per_vector(self) -> int:
         """Bytes stored for one vector: every group's packed indices and the float16 scalar."""
-        return 2 + sum(packed_bytes(g.channels, g.bits) for g in self.fit.groups if g.bits)
+        return 2 + sum(packed_bytes(group.channels, group.bits) for group in self._groups)
 
     @property
     def nbytes(self) -> int:
@@ -125,57 +129,62 @@ class FittedCodec:
         books = (*self._centroids.values(), *self._boundaries.values())
         return self.fit.nbytes + sum(book.untyped_storage().nbytes() for book in books)
 
+    @in_float32
     def encode(self, x_BHTD: Tensor) -> PackedVectors:
         """float32/float16/bfloat16 [B, H, T, D] → packed vectors [B, H, T]; float32 arithmetic.
 
         Raises as `MseCodec.encode`; H must be the fit's too.
         """
         require_vectors(x_BHTD, self.head_dim, self.heads)
-        centred = x_BHTD.detach().float() - self.fit.mean_HD[:, None]
-        coded = centred if self.fit.map_HDD is None else centred @ self.fit.map_HDD.mT
-        norm = torch.linalg.vector_norm(coded, dim=-1)
-        unit = coded * torch.where(norm > 0, math.sqrt(self.head_dim) / norm, 0.0)[..., None]
-        widths = [group.channels for group in self.fit.groups]
+        centred_BHTD = x_BHTD.detach().float() - self.fit.mean_HD[:, None]
+        unit_BHTC, norm_BHT = self._unit(centred_BHTD)
         planes, centroids = [], []
-        for group, part in zip(self.fit.groups, unit.split(widths, dim=-1), strict=True):
-            if not group.bits:
-                centroids.append(torch.zeros_like(part))
-                continue
+        for group, part in zip(self._groups, self._split(unit_BHTC), strict=True):
             index = torch.bucketize(part.contiguous(), self._boundaries[group.bits], out_int32=True)
             planes.append(pack(index.to(torch.uint8), group.bits))
             centroids.append(self._look_up(index, group.bits))
-        scalars = norm * self._factor(unit, torch.cat(centroids, dim=-1))
-        packed = PackedVectors(torch.cat(planes, dim=-1), scalars.half())
+        scalars_BHT = norm_BHT * self._factor(unit_BHTC, torch.cat(centroids, dim=-1))
+        packed = PackedVectors(torch.cat(planes, dim=-1), scalars_BHT.half())
         if x_BHTD.device.type == "cpu":
             packed.require_finite()
         return packed
 
+    @in_float32
     def decode(self, packed: PackedVectors, dtype: torch.dtype = torch.float32) -> Tensor:
         """Packed vectors → `dtype` [B, H, T, D]; float32 arithmetic, rounded once at the end."""
-        parts, start = [], 0
-        for group in self.fit.groups:
-            if not group.bits:
-                shape = (*packed.scalars.shape, group.channels)
-                parts.append(torch.zeros(shape, device=packed.scalars.device))
-                continue
-            stop = start + packed_bytes(group.channels, group.bits)
-            index = unpack(packed.indices[..., start:stop], group.bits, group.channels)
-            parts.append(self._look_up(index.int(), group.bits))
-            start = stop
-        scale = packed.scalars.float() / math.sqrt(self.head_dim)
-        coded = torch.cat(parts, dim=-1) * scale[..., None]
-        if self.fit.inverse_HDD is not None:
-            coded = coded @ self.fit.inverse_HDD.mT
-        return (coded + self.fit.mean_HD[:, None]).to(dtype)
+        widths = [packed_bytes(group.channels, group.bits) for group in self._groups]
+        planes = packed.indices.split(widths, dim=-1)
+        indices = [unpack(p, g.bits, g.channels) for p, g in zip(planes, self._groups, strict=True)]
+        parts = [self._look_up(i.int(), g.bits) for i, g in zip(indices, self._groups, strict=True)]
+        scale = packed.scalars.float() / math.sqrt(self._coded)
+        coded_BHTC = torch.cat(parts, dim=-1) * scale[..., None]
+        if self.fit.inverse_HDD is None:
+            x_BHTD = pad(coded_BHTC, (0, self.head_dim - self._coded))
+        else:
+            x_BHTD = coded_BHTC @ self.fit.inverse_HDD[..., : self._coded].mT
+        return (x_BHTD + self.fit.mean_HD[:, None]).to(dtype)
+
+    def _unit(self, centred_BHTD: Tensor) -> tuple[Tensor, Tensor]:
+        """The coded channels scaled to variance 1, [B, H, T, C], and their norm before."""
+        if self.fit.map_HDD is None:
+            coded_BHTC = centred_BHTD[..., : self._coded]
+        else:
+            coded_BHTC = centred_BHTD @ self.fit.map_HDD[:, : self._coded].mT
+        norm_BHT = torch.linalg.vector_norm(coded_BHTC, dim=-1)
+        to_unit_BHT = torch.where(norm_BHT > 0, math.sqrt(self._coded) / norm_BHT, 0.0)
+        return coded_BHTC * to_unit_BHT[..., None], norm_BHT
+
+    def _split(self, x_BHTC: Tensor) -> tuple[Tensor, ...]:
+        return x_BHTC.split([group.channels for group in self._groups], dim=-1)
 
     def _look_up(self, index: Tensor, bits: int) -> Tensor:
         return self._centroids[bits].index_select(0, index.reshape(-1)).view(index.shape)
 
-    def _factor(self, unit: Tensor, centroid: Tensor) -> Tensor:
+    def _factor(self, unit_BHTC: Tensor, centroid_BHTC: Tensor) -> Tensor:
         """What the norm is multiplied by, [B, H, T]."""
-        weight_HD = self.fit.weight_HD[:, None]
-        inner = (weight_HD * unit * centroid).sum(-1)
+        weight_HC = self.fit.weight_HD[:, None, : self._coded]
+        inner = (weight_HC * unit_BHTC * centroid_BHTC).sum(-1)
         if self.scalar == "unbiased":
-            return (weight_HD * unit.square()).sum(-1) / inner.clamp_min(_TINY)
-        length: Tensor = (weight_HD * centroid.square()).sum(-1)
+            return (weight_HC * unit_BHTC.square()).sum(-1) / inner.clamp_min(_TINY)
+        length: Tensor = (weight_HC * centroid_BHTC.square()).sum(-1)
         return inner / length

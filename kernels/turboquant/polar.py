@@ -27,6 +27,7 @@ from stillhouse.kernels.turboquant.contract import nbytes_of
 from stillhouse.kernels.turboquant.inputs import require_vectors
 from stillhouse.kernels.turboquant.laws import angle_law
 from stillhouse.kernels.turboquant.packing import pack, packed_bytes, unpack
+from stillhouse.kernels.turboquant.precision import in_float32
 from stillhouse.kernels.turboquant.rotation import Rotation
 
 POLAR_BLOCK = 16
@@ -132,6 +133,7 @@ class PolarCodec:
         levels = sum(nbytes_of(table) for table in self._levels)
         return levels + sum(table.untyped_storage().nbytes() for table in rotation)
 
+    @in_float32
     def encode(self, x_D: Tensor) -> PolarVectors:
         """float32/float16/bfloat16 [..., D] → packed vectors; the arithmetic is float32.
 
@@ -151,6 +153,7 @@ class PolarCodec:
             packed.require_finite()
         return packed
 
+    @in_float32
     def decode(self, packed: PolarVectors, dtype: torch.dtype = torch.float32) -> Tensor:
         """Packed vectors → `dtype` [..., D]; float32 arithmetic, rounded once at the end."""
         circle = unpack(packed.circle, POLAR_BITS[0], self.head_dim // 2)

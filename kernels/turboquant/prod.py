@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stillhouse.kernels.turboquant.codec import MseCodec, PackedVectors
 from stillhouse.kernels.turboquant.packing import pack, unpack
+from stillhouse.kernels.turboquant.precision import in_float32
 from stillhouse.kernels.turboquant.sketch import Sketch, SketchKind
 
 PROD_BITS = (2, 3, 4, 5)
@@ -70,6 +71,7 @@ class ProdCodec:
         """Bytes of the codec's tables: those of the mse codec and the sketch."""
         return self.mse.nbytes + self.sketch.matrix.untyped_storage().nbytes()
 
+    @in_float32
     def encode(self, x_D: Tensor) -> ProdVectors:
         """float32/float16/bfloat16 [..., D] → packed vectors; raises as `MseCodec.encode`."""
         coarse = self.mse.encode(x_D)
@@ -78,6 +80,7 @@ class ProdCodec:
         signs = pack(self.sketch.signs(residual_D), 1)
         return ProdVectors(coarse, PackedVectors(signs, norm.half()))
 
+    @in_float32
     def decode(self, packed: ProdVectors, dtype: torch.dtype = torch.float32) -> Tensor:
         """Packed vectors → `dtype` [..., D]; float32 arithmetic, rounded once at the end."""
         signs_D = unpack(packed.residual.indices, 1, self.head_dim)

@@ -34,12 +34,16 @@ SELECT fsum(kl_mean * tokens) / sum(tokens), max(kl_max),
     max(bytes_per_token), max(bytes_per_token_16bit), max(table_bytes), sum(tokens)::BIGINT
 FROM cache_measures WHERE status = 'kept'
 """
+LOST = """
+SELECT count(*) FILTER (starts_with(reason, 'not_storable')), count(*) FROM cache_measures
+"""
 
 
 class CompressStage(Stage):
     """`cache_measures`, and the arm that answers on the compressed cache."""
 
     name: ClassVar[str] = "compress"
+    version: ClassVar[int] = 2
     after: ClassVar[tuple[str, ...]] = ("ingest", "curate", "distill")
 
     def settings(self, recipe: RecipeConfig) -> dict[str, Any]:
@@ -75,15 +79,14 @@ class CompressStage(Stage):
         with run.catalog() as catalog:
             arm = summary(catalog, ARM)
             [row] = catalog.rows(FIGURES)
+            [(lost, texts)] = catalog.rows(LOST)
         if row[0] is None:
             raise ModelError(
                 "compress: expected next-token divergence on held-out texts, found none that could "
                 "be measured; see `SELECT reason FROM cache_measures`"
             )
         cache = dict(zip(FIGURE_NAMES, row, strict=True))
-        limit = run.recipe.compress.max_kl
-        refused = limit is not None and not cache["kl_mean"] <= limit
-        verdict = f"kl_mean {cache['kl_mean']:.4f} is over max_kl {limit}" if refused else None
+        verdict = _verdict(run.recipe.compress.max_kl, cache["kl_mean"], lost, texts)
         for name, value in cache.items():
             run.observer.metric(self.name, name, float(value), 0)
         facts: dict[str, Any] = {"arm": arm, "cache": cache, "refused": verdict, "plan": None}
@@ -94,6 +97,18 @@ class CompressStage(Stage):
         from stillhouse.storage.shards import hash_artifacts
 
         return Outcome(hash_artifacts(run.folder, folder), facts)
+
+
+def _verdict(limit: float | None, kl_mean: float, lost: int, texts: int) -> str | None:
+    """Why the cache is refused; None when it is not."""
+    if lost:
+        return (
+            f"{lost} of {texts} texts have keys or values that the cache cannot store; see "
+            "`SELECT reason FROM cache_measures`"
+        )
+    if limit is not None and not kl_mean <= limit:
+        return f"kl_mean {kl_mean:.4f} is over max_kl {limit}"
+    return None
 
 
 def _calibrates(run: StageRun) -> bool:

@@ -31,9 +31,10 @@ def cache_quality(
         typer.Option(help="mse:4, fitted:3.5, vllm:4bit_nc, …; several with commas; else all."),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Rotations and calibrations to draw.")] = 1,
-    tokens: Annotated[
-        int, typer.Option(min=2, help="Tokens to measure on, and to calibrate on.")
-    ] = 8192,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens to measure on.")] = 8192,
+    calibration_tokens: Annotated[
+        int, typer.Option(min=64, help="Tokens to calibrate on, half of them a second time.")
+    ] = 16384,
     window: Annotated[int, typer.Option(min=16, help="Tokens read at once.")] = 1024,
 ) -> None:
     """Perplexity, next-token KL and retrieval of every cache format, ours and others'."""
@@ -42,6 +43,7 @@ def cache_quality(
     from stillhouse.pipelines.cache_quality import (
         ask_quality,
         bench_cache_quality,
+        check_destination,
         corpus_source,
         text_source,
         write_quality,
@@ -52,6 +54,7 @@ def cache_quality(
             "bench cache-quality: expected --text or --corpus, found "
             f"{'neither' if text is None else 'both'}. Give one"
         )
+    check_destination(out)
     if text is not None:
         source = text_source(text)
     else:
@@ -60,7 +63,8 @@ def cache_quality(
         with open_catalog(corpus or "") as catalog:
             source = corpus_source(corpus or "", catalog)
     names = tuple(word.strip() for entry in formats or () for word in entry.split(","))
-    job = ask_quality(source, tuple(filter(None, names)), seeds, tokens, window)
+    chosen = tuple(filter(None, names))
+    job = ask_quality(source, chosen, seeds, tokens, calibration_tokens, window)
     with Console() as console:
         console.stage_started("bench", "", 0)
         report = bench_cache_quality(
@@ -69,6 +73,8 @@ def cache_quality(
             lambda what, done, total: console.progress("bench", done, total, what),
             console.note,
         )
-    picture = write_quality(model, source, job, report, out)
+        if report.tokens < tokens:
+            console.note(f"the text has {report.tokens:,} tokens to measure on, not {tokens:,}")
     show_quality(report)
+    picture = write_quality(model, source, job, report, out)
     print(f"Everything: {out}\nPicture: {picture}")

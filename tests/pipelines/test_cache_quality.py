@@ -82,15 +82,15 @@ SOURCE = QualitySource("run", "0" * 64, ("c",), ("a",))
 
 
 def test_no_formats_are_all_of_them():
-    job = ask_quality(SOURCE, (), 2, 100, 64)
+    job = ask_quality(SOURCE, (), 2, 100, 200, 64)
     assert tuple(form.name for form in job.formats) == DEFAULT_FORMATS
-    assert (job.seeds, job.tokens, job.calibration_tokens, job.window) == (2, 100, 100, 64)
-    names = ask_quality(SOURCE, ("mse:4", "bf16", "mse:4"), 1, 2, 16).formats
+    assert (job.seeds, job.tokens, job.calibration_tokens, job.window) == (2, 100, 200, 64)
+    names = ask_quality(SOURCE, ("mse:4", "bf16", "mse:4"), 1, 2, 64, 16).formats
     assert [form.name for form in names] == ["mse:4", "bf16"]
 
 
 def test_the_table_for_programs_and_the_picture(tmp_path):
-    job = ask_quality(SOURCE, ("mse:4",), 2, 100, 64)
+    job = ask_quality(SOURCE, ("mse:4",), 2, 100, 100, 64)
     out = tmp_path / "out.json"
     picture = write_quality("toy:llama", SOURCE, job, report(), out)
     found = json.loads(out.read_text())

@@ -56,7 +56,7 @@ def write_model(kind: str, folder: Path, seed: int = 0) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if kind == "llama":
-            model: Any = LlamaForCausalLM(LlamaConfig(**common))
+            model: Any = LlamaForCausalLM(LlamaConfig(**common, head_dim=16))
         else:
             layers = ["sliding_attention", "sliding_attention", "full_attention"]
             gemma: dict[str, Any] = {"head_dim": 16, "sliding_window": 8, "layer_types": layers}

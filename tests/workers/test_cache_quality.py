@@ -15,7 +15,8 @@ from transformers.utils.import_utils import is_hqq_available
 
 from stillhouse.configs.stages import CompressConfig
 from stillhouse.errors import ConfigError, ModelError
-from stillhouse.workers.cache_quality.bench import bench, windows
+from stillhouse.workers.cache_quality import bench as quality
+from stillhouse.workers.cache_quality.bench import bench
 from stillhouse.workers.cache_quality.formats import DEFAULT_FORMATS, parse_format
 from stillhouse.workers.cache_quality.job import QualityJob
 from stillhouse.workers.cache_quality.needle import NEEDLES, Haystack, haystack, retrieved
@@ -79,26 +80,6 @@ def test_an_unknown_name_is_refused(name):
         parse_format(name)
 
 
-# Windows
-
-
-def test_windows_read_what_was_asked_for(lm):
-    start = [] if lm.bos is None else [lm.bos]
-    step = 10 - len(start)
-    rows = windows(lm, ["abcdefghij" * 5], 10, 25)
-    assert [len(row) - 1 for row in rows] == [10, 10, 10]  # 25 are not reached before
-    assert all(row[: len(start)] == start for row in rows)
-    bodies = [row[len(start) :] for row in rows]
-    assert lm.decode(bodies[0]) == ("abcdefghij" * 5)[: step + 1]
-    assert bodies[1][0] == bodies[0][-1]  # what was predicted last is read next
-
-
-def test_a_rest_counts_where_it_fills_half_a_window(llama):
-    assert len(windows(llama, ["a" * 24], 10, 100)) == 2
-    assert len(windows(llama, ["a" * 27], 10, 100)) == 3
-    assert windows(llama, ["a", ""], 10, 100) == []
-
-
 # Divergence
 
 
@@ -154,9 +135,7 @@ def test_every_format_has_a_row_with_figures_or_a_reason(lm):
     rows = rows_of(measured(lm, *DEFAULT_FORMATS, window=64))
     assert list(rows) == list(DEFAULT_FORMATS)
     notes = {name: row.note for name, row in rows.items() if row.note}
-    # Heads of 8 are too small for a split of the channels and for polar coordinates.
-    small = set() if lm.bos is not None else {"mse:3.5", "mse:2.5", "polar"}
-    assert set(notes) == small | {"quanto:4", "quanto:2", "hqq:4", "hqq:3", "hqq:2"}
+    assert set(notes) == {"quanto:4", "quanto:2", "hqq:4", "hqq:3", "hqq:2"}
     for row in rows.values():
         assert bool(row.figures) != bool(row.note)
         for figures in row.figures:
@@ -275,6 +254,53 @@ def test_a_haystack_holds_each_code_twice(lm):
 def test_no_haystack_where_there_is_no_room(lm):
     assert haystack(lm, lm.encode_response(TEXT), 128, 0) is None
     assert haystack(lm, [], 4096, 0) is None
+
+
+def test_what_full_precision_finds_counts_for_every_format_alike(llama, monkeypatch):
+    """Two seeds: what draws looks into its own text, what does not into both."""
+    full = {0: [True, False, True], 1: [True, True, False]}
+    looked: list[tuple[str, int]] = []
+
+    def found(_lm, stack, cache):
+        seed = stacks.index(stack.ids)
+        if isinstance(cache, DynamicCache):
+            return full[seed]
+        looked.append((type(cache.scheme).__name__, seed))
+        return [True, True, False]
+
+    stacks = [[1, 0], [1, 1]]
+    monkeypatch.setattr(quality, "LENGTHS", (64,))
+    monkeypatch.setattr(
+        quality, "haystack", lambda _lm, _text, _n, seed: Haystack(stacks[seed], [])
+    )
+    monkeypatch.setattr(quality, "retrieved", found)
+    report = measured(llama, "bf16", "fitted:2", window=64, seeds=2)
+    rows = rows_of(report)
+    assert report.needle_full == {64: 4 / 6}
+    assert sorted(looked) == [
+        ("FittedScheme", 0), ("FittedScheme", 1), ("SameCodecScheme", 0), ("SameCodecScheme", 1),
+    ]  # fmt: skip
+    assert [one.needle for one in rows["fitted:2"].figures] == [0.5, 1.0]
+    assert rows["bf16"].mean("needle") == 0.75
+
+
+def test_a_format_that_fails_on_a_long_text_is_a_note(llama, monkeypatch):
+    def refuses(_lm, _stack, cache):
+        if isinstance(cache, DynamicCache):
+            return [True]
+        raise ValueError("an odd number of groups")
+
+    monkeypatch.setattr(quality, "LENGTHS", (64,))
+    monkeypatch.setattr(quality, "haystack", lambda *_: Haystack([1, 2], []))
+    monkeypatch.setattr(quality, "retrieved", refuses)
+    [row] = measured(llama, "mse:3", window=64).rows
+    assert row.note == "an odd number of groups"
+
+
+def test_a_text_too_short_to_calibrate_on_is_a_note(llama):
+    rows = rows_of(measured(llama, "bf16", "fitted:3", window=64, calibration=["ab"]))
+    assert rows["bf16"].note is None
+    assert "no text was longer than 4 tokens" in rows["fitted:3"].note
 
 
 @torch.no_grad()

@@ -11,10 +11,18 @@ import torch
 
 from stillhouse.configs.stages import CompressConfig
 from stillhouse.errors import ModelError
-from stillhouse.workers.cache import CachePlan, FittedScheme, LayerPlan, TurboQuantCache
+from stillhouse.workers.cache import (
+    CacheFormat,
+    CachePlan,
+    FittedScheme,
+    LayerPlan,
+    ObliviousScheme,
+    TurboQuantCache,
+)
 from stillhouse.workers.calibrator import Calibration, calibrate, write_plan
 from stillhouse.workers.divergence import compressed_cache_factory, measure_cache
 from stillhouse.workers.models.language_model import LanguageModel
+from stillhouse.workers.projection import core
 from stillhouse.workers.protocols import CacheMeasure, CalibrateJob, ModelSpec
 from tests.workers.cache_models import HEAD_DIM, HEADS, random_kv
 
@@ -24,7 +32,7 @@ HELDOUT = [f"Another text, number {n}, that was not used before." for n in range
 
 @pytest.fixture
 def calibration(lm: LanguageModel) -> Calibration:
-    return calibrate(lm, [lm.encode_prompt(text) for text in TEXTS], sinks=2, recent=0)
+    return calibrate(lm, [lm.encode_prompt(text) for text in TEXTS], sinks=2, recent=0, context=64)
 
 
 def kl(lm: LanguageModel, config: CompressConfig, plan: Path | None = None) -> float:
@@ -37,34 +45,40 @@ def kl(lm: LanguageModel, config: CompressConfig, plan: Path | None = None) -> f
 @pytest.mark.parametrize("bits", [2, 2.5, 3, 4])
 def test_a_plan_keeps_to_its_bits_and_uses_them(calibration: Calibration, bits: float) -> None:
     plan = calibration.plan_of_bits(bits)
-    stored = sum(
-        group.channels * group.bits * len(fit.mean_HD)
-        for layer in plan.layers
-        for fit in (layer.key, layer.value)
-        if fit is not None
-        for group in fit.groups
-    )
-    assert stored <= bits * calibration.channels
-    assert plan.facts["bits_per_coordinate"] == stored / calibration.channels
-    assert plan.facts["bits_per_coordinate"] > bits - 0.5
+    assert plan.facts["bits_per_coordinate"] <= bits
+    assert plan.facts["bits_per_coordinate"] > bits - 0.25
     assert plan.facts["calibration_tokens"] == calibration.tokens
 
 
-def test_more_bits_cost_less_and_a_cost_takes_the_fewest_bits(calibration: Calibration) -> None:
+def test_more_bits_cost_less(calibration: Calibration) -> None:
     plans = [calibration.plan_of_bits(bits) for bits in (1.5, 2, 3, 4, 5)]
     costs = [plan.facts["expected_kl"] for plan in plans]
     assert costs == sorted(costs, reverse=True)
-    for plan, cost in zip(plans, costs, strict=True):
-        found = calibration.plan_of_kl(cost * 1.0001)
-        assert found.facts["bits_per_coordinate"] <= plan.facts["bits_per_coordinate"]
-        assert found.facts["expected_kl"] <= cost * 1.0001
+
+
+@pytest.mark.parametrize("context", [4, 40, 400])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_fitted_cache_takes_the_bytes_of_an_oblivious_one_at_its_context(
+    gemma: LanguageModel, bits: int, context: int
+) -> None:
+    """Also where some layers slide and keep but a window of the tokens."""
+    rows = [gemma.encode_prompt(text) for text in TEXTS]
+    plan = calibrate(gemma, rows, sinks=0, recent=0, context=context).plan_of_bits(bits)
+    config = core(gemma).config
+    sizes = []
+    for scheme in (FittedScheme(plan), ObliviousScheme(CacheFormat(bits, bits))):
+        cache = TurboQuantCache(config, scheme)
+        for layer in range(config.num_hidden_layers):
+            cache.update(*random_kv(1, context), layer)
+        sizes.append(cache.nbytes - cache.table_nbytes)
+    assert 0.85 * sizes[1] < sizes[0] <= sizes[1]
 
 
 def test_a_fitted_cache_loses_less_than_an_oblivious_one(lm: LanguageModel, tmp_path: Path) -> None:
     config = CompressConfig(key_bits=2, value_bits=2, sinks=2, calibration_tokens=2000)
     job = CalibrateJob(ModelSpec("any"), TEXTS, config, tmp_path)
     tokens = write_plan(lm, job, lambda _text: None)
-    assert tokens >= sum(len(lm.encode_prompt(text)) for text in TEXTS[:10])
+    assert 2000 <= tokens < 2000 + 2 * lm.context
     assert kl(lm, config, tmp_path) < 0.6 * kl(lm, config)
 
 
@@ -114,9 +128,10 @@ def test_a_saved_plan_codes_the_same(calibration: Calibration, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"version": 99}, "expected version 1, found 99; calibrate again"),
+        ({"version": 99}, "expected version 2, found 99; calibrate again"),
         ({"tensors": {"file": "cache_plan.safetensors", "sha256": "0"}}, "expected sha256 0"),
-        ({"groups": [{"key": [[8, 2]]}]}, "expected a cache plan, found KeyError"),
+        ({"groups": [{"key": [[8, 2]]}]}, "groups of cache_plan.json is not that of"),
+        ({"sinks": 5}, "sinks of cache_plan.json is not that of"),
     ],
 )
 def test_a_plan_that_is_not_whole_is_refused(

@@ -22,7 +22,7 @@ CONFIG = CompressConfig(sinks=2)
 
 def plan_for(lm, bits=3.0):
     rows = [lm.encode_prompt(text) for text in TEXTS]
-    return calibrate(lm, rows, sinks=2, recent=0).plan_of_bits(bits)
+    return calibrate(lm, rows, sinks=2, recent=0, context=64).plan_of_bits(bits)
 
 
 @torch.no_grad()

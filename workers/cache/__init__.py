@@ -9,7 +9,7 @@ from stillhouse.workers.cache.scheme import (
     ObliviousScheme,
     SameCodecScheme,
 )
-from stillhouse.workers.cache.turboquant import CacheFactory, TurboQuantCache
+from stillhouse.workers.cache.turboquant import CacheFactory, TurboQuantCache, layer_windows
 from stillhouse.workers.cache.vllm_presets import VLLM_PRESETS, VllmScheme
 
 __all__ = [
@@ -27,4 +27,5 @@ __all__ = [
     "SameCodecScheme",
     "TurboQuantCache",
     "VllmScheme",
+    "layer_windows",
 ]

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from stillhouse.errors import ModelError
 from stillhouse.kernels.turboquant import (
+    GROUP_BITS,
     ChannelGroup,
     FittedCodec,
     HalfCodec,
@@ -26,10 +27,11 @@ from stillhouse.kernels.turboquant import (
 from stillhouse.storage.durable import replace_file
 from stillhouse.workers.cache.scheme import CACHE_KINDS, CacheKind
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 PLAN_FILE = "cache_plan.json"
 TENSOR_FILE = "cache_plan.safetensors"
 PLAN_FILES = (TENSOR_FILE, PLAN_FILE)
+_CODING = "coding"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +69,13 @@ class CachePlan:
                     for name, tensor in _stored(fit).items():
                         tensors[f"layers.{index}.{kind}.{name}"] = tensor.cpu().contiguous()
             rows.append(row)
-        data = save(tensors)
+        coding = {"sinks": self.sinks, "recent": self.recent, "groups": rows}
+        # What decides how bytes are read lies under the hash too.
+        data = save(tensors, metadata={_CODING: json.dumps(coding)})
         plan = {
             "version": PLAN_VERSION,
-            "sinks": self.sinks,
-            "recent": self.recent,
+            **coding,
             "tensors": {"file": TENSOR_FILE, "sha256": hashlib.sha256(data).hexdigest()},
-            "groups": rows,
             "facts": dict(self.facts),
         }
         folder.mkdir(parents=True, exist_ok=True)
@@ -100,14 +102,24 @@ class CachePlan:
                     f"{path}: expected sha256 {plan['tensors']['sha256']}, found {found}; "
                     "calibrate again"
                 )
-            tensors = load_file(path)
+            tensors, coding = _read(path)
+            for name, value in coding.items():
+                if plan[name] != value:
+                    raise ValueError(f"{name} of {PLAN_FILE} is not that of {path.name}")
             layers = tuple(
                 LayerPlan(*(_fit(tensors, index, kind, row[kind]) for kind in CACHE_KINDS))
-                for index, row in enumerate(plan["groups"])
+                for index, row in enumerate(coding["groups"])
             )
-            return cls(layers, plan["sinks"], plan["recent"], plan["facts"])
+            return cls(layers, coding["sinks"], coding["recent"], plan["facts"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ModelError(f"{folder}: expected a cache plan, found {error!r}") from error
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors, and what is coded how."""
+    with safe_open(path, framework="pt") as file:
+        coding: dict[str, Any] = json.loads(file.metadata()[_CODING])
+        return {name: file.get_tensor(name) for name in file.keys()}, coding  # noqa: SIM118
 
 
 def _stored(fit: HeadFit) -> dict[str, Tensor]:
@@ -130,6 +142,9 @@ def _fit(
     # The inverse is not stored: it follows from the map.
     inverse_HDD = None if map_HDD is None else torch.linalg.inv(map_HDD.double()).float()
     coded = tuple(ChannelGroup(channels, bits) for channels, bits in groups)
+    fits = all(group.channels > 0 and group.bits in GROUP_BITS for group in coded)
+    if not fits or sum(group.channels for group in coded) != dim:
+        raise ValueError(f"groups of layer {index}'s {kind}s do not fit {dim} channels: {groups}")
     return HeadFit(mean_HD, map_HDD, inverse_HDD, weight_HD, coded)
 
 

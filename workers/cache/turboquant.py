@@ -177,16 +177,9 @@ class TurboQuantCache(Cache):
         padding: Sequence[int] | None = None,
     ) -> None:
         self.scheme = scheme or ObliviousScheme()
-        kinds, options = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-        unknown = sorted(set(kinds) - {*_FULL_LAYERS, *_SLIDING_LAYERS})
-        if unknown:
-            raise ValueError(
-                f"expected layers of {(*_FULL_LAYERS, *_SLIDING_LAYERS)}, found {unknown} in "
-                f"{type(config).__name__}; use the 16-bit cache for this model"
-            )
         self._packed_layers = [
-            _TurboQuantLayer(self.scheme, index, option.get("sliding_window"), padding)
-            for index, option in enumerate(options)
+            _TurboQuantLayer(self.scheme, index, window, padding)
+            for index, window in enumerate(layer_windows(config))
         ]
         super().__init__(layers=list(self._packed_layers))
 
@@ -205,6 +198,21 @@ class TurboQuantCache(Cache):
     def batch_size(self) -> int:
         """B, or -1 before the first step."""
         return self._packed_layers[0].batch_size if self._packed_layers else -1
+
+
+def layer_windows(config: PreTrainedConfig) -> list[int | None]:
+    """How many tokens each layer's attention sees; None for all of them.
+
+    ValueError for a model with other layers than full, sliding and chunked attention.
+    """
+    kinds, options = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    unknown = sorted(set(kinds) - {*_FULL_LAYERS, *_SLIDING_LAYERS})
+    if unknown:
+        raise ValueError(
+            f"expected layers of {(*_FULL_LAYERS, *_SLIDING_LAYERS)}, found {unknown} in "
+            f"{type(config).__name__}; use the 16-bit cache for this model"
+        )
+    return [option.get("sliding_window") for option in options]
 
 
 class CacheFactory(Protocol):

@@ -1,7 +1,7 @@
 """One table of all formats on one model: the same windows, the same positions, one process."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +18,12 @@ from stillhouse.workers.cache_quality.job import Progress, QualityJob
 from stillhouse.workers.cache_quality.needle import LENGTHS, Haystack, haystack, retrieved
 from stillhouse.workers.cache_quality.report import QualityFigures, QualityReport, QualityRow
 from stillhouse.workers.cache_quality.tally import Tally, compare
-from stillhouse.workers.calibrator import calibrate
+from stillhouse.workers.calibrator import Calibration, calibrate, calibration_rows
 from stillhouse.workers.models.language_model import LanguageModel
 from stillhouse.workers.projection import core, hidden_states
+from stillhouse.workers.token_windows import windows
 
-KNOWN = 0.75  # a length counts where full precision retrieves this share
+KNOWN = 0.5  # a length counts where full precision retrieves this share
 
 
 @dataclass(slots=True)
@@ -34,7 +35,7 @@ class _Trial:
     make: MakeCache | None = None
     note: str | None = None
     tally: Tally = field(default_factory=Tally)
-    found: dict[int, list[bool]] = field(default_factory=dict)
+    found: list[bool] = field(default_factory=list)
 
 
 def bench(lm: LanguageModel, job: QualityJob, progress: Progress) -> QualityReport:
@@ -46,9 +47,8 @@ def bench(lm: LanguageModel, job: QualityJob, progress: Progress) -> QualityRepo
     rows = windows(lm, job.heldout, window, job.tokens)
     if not rows:
         raise ModelError("expected held-out text of 2 tokens at least, found none")
-    fitted = any(form.calibrated for form in job.formats)
-    learnt = windows(lm, job.calibration, window, job.calibration_tokens) if fitted else []
-    trials = _trials(lm, job, learnt, progress)
+    calibrations, note = _calibrations(lm, job, window, progress)
+    trials = _trials(lm, job, calibrations, note)
     logp = _diverge(lm, rows, trials, progress)
     known = _seek(lm, rows, trials, job.seeds, progress)
     tokens = sum(len(row) - 1 for row in rows)
@@ -57,47 +57,41 @@ def bench(lm: LanguageModel, job: QualityJob, progress: Progress) -> QualityRepo
         rows=tuple(_row(form, trials, perplexity) for form in job.formats),
         windows=len(rows),
         tokens=tokens,
-        calibration_tokens=sum(map(len, learnt)),
+        calibration_tokens=max((found.tokens for found in calibrations), default=0),
         perplexity=perplexity,
         needle_full=known,
     )
 
 
-def windows(lm: LanguageModel, texts: Iterable[str], window: int, tokens: int) -> list[list[int]]:
-    """Token rows with BOS where the model has one, until `tokens` of them are read.
-
-    Of a row all tokens but the last are read, at most `window`; the last is only predicted. The
-    rest of a text that was cut counts only where it fills half a window.
-    """
-    rows: list[list[int]] = []
-    start = [] if lm.bos is None else [lm.bos]
-    step = window - len(start)
-    read = 0
-    for text in texts:
-        body = lm.encode_prompt(text)[len(start) :]
-        for begin in range(0, len(body), step):
-            row = [*start, *body[begin : begin + step + 1]]
-            if len(row) > (window // 2 if begin else 1):
-                rows.append(row)
-                read += len(row) - 1
-            if read >= tokens:
-                return rows
-    return rows
+def _calibrations(
+    lm: LanguageModel, job: QualityJob, window: int, progress: Progress
+) -> tuple[list[Calibration], str | None]:
+    """One a seed where a format needs them; none, and why, where the texts do not do."""
+    if not any(form.calibrated for form in job.formats):
+        return [], None
+    made = []
+    rows = calibration_rows(lm, job.calibration, job.calibration_tokens)
+    try:
+        for seed in range(job.seeds):
+            progress("calibrate", seed, job.seeds)
+            sinks, recent = job.sinks, job.recent
+            made.append(calibrate(lm, rows, sinks=sinks, recent=recent, context=window, seed=seed))
+    except ModelError as error:
+        return [], _short(error)
+    return made, None
 
 
 def _trials(
-    lm: LanguageModel, job: QualityJob, learnt: Sequence[Sequence[int]], progress: Progress
+    lm: LanguageModel, job: QualityJob, calibrations: Sequence[Calibration], note: str | None
 ) -> list[_Trial]:
     trials = []
     for seed in range(job.seeds):
-        calibration = None
-        if learnt:
-            progress("calibrate", seed, job.seeds)
-            calibration = calibrate(lm, learnt, sinks=job.sinks, recent=job.recent, seed=seed)
+        calibration = calibrations[seed] if calibrations else None
         source = CacheSource(core(lm).config, job.sinks, job.recent, seed, calibration)
         for form in job.formats:
             if form.seeded or not seed:
-                trials.append(_trial(source, form))
+                lacks = form.calibrated and calibration is None
+                trials.append(_Trial(form, seed, note=note) if lacks else _trial(source, form))
     return trials
 
 
@@ -167,26 +161,43 @@ def _seek(
     seeds: int,
     progress: Progress,
 ) -> dict[int, float]:
-    """Look for needles at every length that full precision can do; its shares by length."""
+    """Look for needles at every length that full precision can do; its shares by length.
+
+    There is a text a seed and length. A format that draws looks into its own seed's, another into
+    all of them, so all formats are asked for the same needles.
+    """
     skip = 0 if lm.bos is None else 1
     filler = [token for row in rows for token in row[skip:]]
     shares: dict[int, float] = {}
     for length in LENGTHS:
         if length > lm.context:
             continue
-        made = [haystack(lm, filler, length, seed) for seed in range(seeds)]
-        stacks = [stack for stack in made if stack is not None]
+        made = {seed: haystack(lm, filler, length, seed) for seed in range(seeds)}
+        stacks = {seed: stack for seed, stack in made.items() if stack is not None}
         if not stacks:
             continue
-        full = [_full(lm, stack) for stack in stacks]
-        shares[length] = sum(map(sum, full)) / sum(map(len, full))
+        full = {seed: _full(lm, stack) for seed, stack in stacks.items()}
+        shares[length] = sum(map(sum, full.values())) / sum(map(len, full.values()))
         if shares[length] < KNOWN:
             continue
         for index, trial in enumerate(trials):
             progress(f"seek in {length:,} tokens: {trial.form.name}", index, len(trials))
-            if trial.make is not None:
-                trial.found[length] = retrieved(lm, stacks[trial.seed], trial.make())
+            for seed in [trial.seed] if trial.form.seeded else stacks:
+                if seed in stacks:
+                    _look(lm, stacks[seed], full[seed], trial)
     return shares
+
+
+def _look(lm: LanguageModel, stack: Haystack, known: Sequence[bool], trial: _Trial) -> None:
+    """Note which of the needles that full precision finds the trial's cache gives back."""
+    if trial.make is None:
+        return
+    try:
+        hits = retrieved(lm, stack, trial.make())
+    except (NotFiniteError, ValueError) as error:
+        trial.make, trial.note = None, _short(error)
+        return
+    trial.found += [hit for hit, found in zip(hits, known, strict=True) if found]
 
 
 def _full(lm: LanguageModel, stack: Haystack) -> list[bool]:
@@ -202,8 +213,7 @@ def _row(form: QualityFormat, trials: Sequence[_Trial], perplexity: float) -> Qu
 
 
 def _figures(trial: _Trial, perplexity: float) -> QualityFigures:
-    tally = trial.tally
-    found = [hit for hits in trial.found.values() for hit in hits]
+    tally, found = trial.tally, trial.found
     return QualityFigures(
         bytes_per_token=tally.stored / tally.cached,
         table_bytes=tally.tables,

@@ -31,7 +31,7 @@ _PATTERNS = {
     "bf16": r"bf16",
     "fp8": r"fp8",
     "mse": r"mse:(?P<bits>[1-58]|[1-4]\.5)|k(?P<key_bits>[1-58])v(?P<value_bits>[1-58])",
-    "fitted": r"fitted:(?P<bits>[0-9]+(\.[0-9]+)?)",
+    "fitted": r"fitted:(?P<bits>[1-4](\.[0-9]+)?|5)",
     "prod": r"prod:(?P<bits>[2-5])",
     "polar": r"polar",
     "vllm": r"vllm:(?P<preset>k8v4|4bit_nc|k3v4_nc|3bit_nc)(?P<all>:all)?",

@@ -12,7 +12,8 @@ Progress = Callable[[str, int, int], None]  # what is done now, how much is done
 class QualityJob:
     """What to measure, and on what.
 
-    heldout, calibration: texts, none in both. tokens, calibration_tokens: at most so many of each.
+    heldout, calibration: texts, none in both. tokens: at most so many
+    to measure on. calibration_tokens: to calibrate on, about half of them read a second time.
     window: tokens that are read at once, at most the model's context. seeds: 0 … seeds - 1 for
     formats that draw; sinks, recent: tokens that ours keep in 16 bits.
     """
@@ -23,6 +24,6 @@ class QualityJob:
     seeds: int = 1
     window: int = 1024
     tokens: int = 8192
-    calibration_tokens: int = 8192
+    calibration_tokens: int = 16384
     sinks: int = 4
     recent: int = 0

@@ -14,8 +14,9 @@ class QualityFigures:
     """One format with one seed over all windows.
 
     bytes_per_token: allocated, windows in, without the tables, which are stored once a model.
-    perplexity_change: relative. kl_mean, kl_p99: of the next token, nats. needle: share of what
-    was retrieved where full precision retrieves; None where it does nowhere.
+    perplexity_change: relative. kl_mean, kl_p99: of the next token, nats. needle: of the needles
+    that full precision retrieves, at lengths where it does half of them or more, the share that
+    this cache gives back; None where there are no such lengths.
     """
 
     bytes_per_token: float
