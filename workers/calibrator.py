@@ -56,7 +56,7 @@ class _Fitting:
 class Calibration:
     """Moments of a corpus, from which plans of any budget follow without another pass.
 
-    stored: of each layer, the share of a sequence's tokens that it keeps. tokens: how many were
+    stored: of each layer, the share of a sequence's tokens that it packs. tokens: how many were
     read, those that stay in 16 bits and those that came again included.
     """
 
@@ -131,12 +131,18 @@ def calibrate(
             yield row
 
     moments = stream_moments(lm, counted(), sinks, seed)
-    kept = [
-        context if window is None else min(context, window - 1)
+    stored = [
+        packed_tokens(context, window, sinks, recent) / context
         for window in layer_windows(core(lm).config)
     ]
-    stored = [max(tokens, 1) / context for tokens in kept]
     return Calibration(moments, stored, read, sinks, recent, seed)
+
+
+def packed_tokens(context: int, window: int | None, sinks: int, recent: int) -> int:
+    """How many tokens of a sequence a layer keeps packed, those in 16 bits left out; 1 at least."""
+    if window is None or context < window:
+        return max(context - sinks - recent, 1)
+    return max(window - 1 - recent, 1)
 
 
 def calibration_rows(lm: LanguageModel, texts: Iterable[str], tokens: int) -> list[list[int]]:

@@ -36,7 +36,13 @@ from stillhouse.kernels.turboquant.contract import (
     nbytes_of,
     tensors_of,
 )
-from stillhouse.kernels.turboquant.fitted import FittedCodec, FittedScalar, HeadFit, fit_heads
+from stillhouse.kernels.turboquant.fitted import (
+    FittedCodec,
+    FittedScalar,
+    HeadFit,
+    fit_heads,
+    in_columns,
+)
 from stillhouse.kernels.turboquant.fp8 import Fp8Codec, Fp8Vectors
 from stillhouse.kernels.turboquant.half import HalfCodec, HalfVectors, to_half
 from stillhouse.kernels.turboquant.packing import pack, packed_bytes, unpack
@@ -89,6 +95,7 @@ __all__ = [
     "fit_heads",
     "gaussian_codebook",
     "group_curve",
+    "in_columns",
     "join",
     "map_tensors",
     "nbytes_of",

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
+from stillhouse.kernels.turboquant.balance import ChannelGroup
 from stillhouse.kernels.turboquant.codebook import gaussian_codebook, sphere_codebook
 from stillhouse.kernels.turboquant.inputs import require_vectors
 from stillhouse.kernels.turboquant.packing import pack, packed_bytes, unpack
@@ -29,6 +30,7 @@ from stillhouse.kernels.turboquant.precision import in_float32
 from stillhouse.kernels.turboquant.rotation import Rotation
 
 if TYPE_CHECKING:
+    from stillhouse.kernels.turboquant.cpu_codec import CpuTables
     from stillhouse.kernels.turboquant.triton_codec import TritonTables
 
 ScalarKind = Literal["norm", "corrected", "unbiased", "least_squares"]
@@ -43,6 +45,11 @@ _TINY = 1e-20  # guards 0/0 for the zero vector; ⟨y, c⟩ of any other vector 
 def has_triton() -> bool:
     """Whether triton is installed; it is not imported."""
     return importlib.util.find_spec("triton") is not None
+
+
+def on_cpu(tensor: Tensor) -> bool:
+    """Whether the compiled loops do it."""
+    return tensor.device.type == "cpu"
 
 
 class NotFiniteError(ValueError):
@@ -113,7 +120,7 @@ class MseCodec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the codec's tables: rotation, centroids and boundaries."""
+        """Bytes of the codec's tables: rotation, codebook, what the compiled loops read beside."""
         tables = (
             self.rotation.signs,
             self.rotation.matrix,
@@ -121,7 +128,8 @@ class MseCodec:
             self._boundaries,
         )
         own = sum(table.untyped_storage().nbytes() for table in tables)
-        return own + (self._triton_tables.nbytes if "_triton_tables" in self.__dict__ else 0)
+        own += self._triton_tables.nbytes if "_triton_tables" in self.__dict__ else 0
+        return own + (self._cpu_tables.bytes_apart(tables) if "_cpu_tables" in self.__dict__ else 0)
 
     @in_float32
     def encode(self, x_D: Tensor) -> PackedVectors:
@@ -135,6 +143,10 @@ class MseCodec:
             from stillhouse.kernels.turboquant import triton_codec
 
             return PackedVectors(*triton_codec.encode(x_D, self._triton_tables, self.scalar))
+        return self._encode_on_cpu(x_D) if on_cpu(x_D) else self.encode_reference(x_D)
+
+    def encode_reference(self, x_D: Tensor) -> PackedVectors:
+        """As `encode` on any device, by PyTorch; refuses nothing."""
         x_D = x_D.detach().float()
         norm = torch.linalg.vector_norm(x_D, dim=-1)
         # √D y: the codebook is that of N(0, 1). The zero vector stays zero.
@@ -142,10 +154,7 @@ class MseCodec:
         unit_D = self.rotation.rotate(x_D) * to_unit[..., None]
         index_D = torch.bucketize(unit_D, self._boundaries, out_int32=True)
         scalars = self._stored_scalar(norm, unit_D, self._look_up(index_D))
-        packed = PackedVectors(pack(index_D.to(torch.uint8), self.bits), scalars.half())
-        if x_D.device.type == "cpu":
-            packed.require_finite()
-        return packed
+        return PackedVectors(pack(index_D.to(torch.uint8), self.bits), scalars.half())
 
     @in_float32
     def decode(self, packed: PackedVectors, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -155,10 +164,41 @@ class MseCodec:
 
             tables = self._triton_tables
             return triton_codec.decode(packed.indices, packed.scalars, tables, dtype)
-        index_D = unpack(packed.indices, self.bits, self.head_dim)
         scale = packed.scalars.float() / math.sqrt(self.head_dim)
-        rotated_D = self._look_up(index_D.int()) * scale[..., None]
-        return self.rotation.rotate_back(rotated_D).to(dtype)
+        if on_cpu(packed.scalars):
+            from stillhouse.kernels.turboquant import cpu_codec
+
+            rotated_D = cpu_codec.decode(packed.indices, scale, self._cpu_tables)
+            return self.rotation.rotate_back(rotated_D).to(dtype)
+        return self.rotation.rotate_back(self._rotated(packed, scale)).to(dtype)
+
+    def decode_reference(self, packed: PackedVectors) -> Tensor:
+        """As `decode` to float32 on any device, by PyTorch."""
+        scale = packed.scalars.float() / math.sqrt(self.head_dim)
+        return self.rotation.rotate_back(self._rotated(packed, scale))
+
+    def _rotated(self, packed: PackedVectors, scale: Tensor) -> Tensor:
+        index_D = unpack(packed.indices, self.bits, self.head_dim)
+        return self._look_up(index_D.int()) * scale[..., None]
+
+    def _encode_on_cpu(self, x_D: Tensor) -> PackedVectors:
+        from stillhouse.kernels.turboquant import cpu_codec
+
+        return cpu_codec.encode(x_D, self._cpu_tables)
+
+    @cached_property
+    def _cpu_tables(self) -> "CpuTables":
+        from stillhouse.kernels.turboquant.cpu_codec import CpuTables
+
+        row_D = torch.ones(1, self.head_dim)
+        return CpuTables.build(
+            self.rotation.matrix[None],
+            torch.zeros_like(row_D),
+            row_D,
+            (ChannelGroup(self.head_dim, self.bits),),
+            ((self._centroids, self._boundaries),),
+            self.scalar,
+        )
 
     def _on_triton(self, tensor: Tensor) -> bool:
         """Whether the Triton kernels do it: on CUDA, for the bits and head sizes they have."""

@@ -13,7 +13,8 @@ Shape suffixes: B sequences, H heads, T tokens, D head size, C coded channels, P
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -21,11 +22,14 @@ from torch.nn.functional import pad
 
 from stillhouse.kernels.turboquant.balance import BalancedBasis, ChannelGroup
 from stillhouse.kernels.turboquant.codebook import gaussian_codebook
-from stillhouse.kernels.turboquant.codec import PackedVectors
+from stillhouse.kernels.turboquant.codec import PackedVectors, on_cpu
 from stillhouse.kernels.turboquant.inputs import require_vectors
 from stillhouse.kernels.turboquant.packing import pack, packed_bytes, unpack
 from stillhouse.kernels.turboquant.precision import in_float32
 from stillhouse.kernels.turboquant.sketch import haar_matrix
+
+if TYPE_CHECKING:
+    from stillhouse.kernels.turboquant.cpu_codec import CpuTables
 
 FittedScalar = Literal["unbiased", "least_squares"]
 _TINY = 1e-20
@@ -35,9 +39,10 @@ _TINY = 1e-20
 class HeadFit:
     """What is known of a layer's keys or values, float32 on one device.
 
-    mean_HD: μ. map_HDD: T. inverse_HDD: T^-1. Both maps are None where T is the identity: the model
-    itself makes mapped vectors. weight_HD: cost of a unit error in each coded channel. groups: of
-    consecutive channels, D in all, the same for every head.
+    mean_HD: μ. map_HDD: T, its columns contiguous (see `in_columns`). inverse_HDD: T^-1. Both maps
+    are None where T is the identity: the model itself makes mapped vectors. weight_HD: cost of a
+    unit error in each coded channel. groups: of consecutive channels, D in all, the same for every
+    head.
     """
 
     mean_HD: Tensor
@@ -47,10 +52,15 @@ class HeadFit:
     groups: tuple[ChannelGroup, ...]
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All there are."""
+        tensors = (self.mean_HD, self.map_HDD, self.inverse_HDD, self.weight_HD)
+        return tuple(tensor for tensor in tensors if tensor is not None)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
-        tensors = (self.mean_HD, self.map_HDD, self.inverse_HDD, self.weight_HD)
-        return sum(x.untyped_storage().nbytes() for x in tensors if x is not None)
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors)
 
     def to(self, device: torch.device | str) -> "HeadFit":
         """The same on another device."""
@@ -68,6 +78,11 @@ class HeadFit:
             return self
         mean_HD = (self.map_HDD.double() @ self.mean_HD.double()[..., None])[..., 0].float()
         return HeadFit(mean_HD, None, None, self.weight_HD, self.groups)
+
+
+def in_columns(map_HDD: Tensor) -> Tensor:
+    """The same matrices, column by column in memory, as the loops on a CPU read them."""
+    return map_HDD.mT.contiguous().mT
 
 
 def fit_heads(
@@ -93,7 +108,11 @@ def fit_heads(
     weight_HD = weight_HD / weight_HD.amax(-1, keepdim=True)
     inverse_HDD = torch.linalg.inv(map_HDD)
     return HeadFit(
-        mean_HD.float(), map_HDD.float(), inverse_HDD.float(), weight_HD.float(), tuple(groups)
+        mean_HD.float(),
+        in_columns(map_HDD.float()),
+        inverse_HDD.float(),
+        weight_HD.float(),
+        tuple(groups),
     )
 
 
@@ -125,9 +144,11 @@ class FittedCodec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tables: the fit, centroids and boundaries."""
+        """Bytes of the tables: the fit, codebooks, what the compiled loops read beside."""
         books = (*self._centroids.values(), *self._boundaries.values())
-        return self.fit.nbytes + sum(book.untyped_storage().nbytes() for book in books)
+        own = self.fit.nbytes + sum(book.untyped_storage().nbytes() for book in books)
+        tables = (*self.fit.tensors, *books)
+        return own + (self._cpu_tables.bytes_apart(tables) if "_cpu_tables" in self.__dict__ else 0)
 
     @in_float32
     def encode(self, x_BHTD: Tensor) -> PackedVectors:
@@ -136,6 +157,10 @@ class FittedCodec:
         Raises as `MseCodec.encode`; H must be the fit's too.
         """
         require_vectors(x_BHTD, self.head_dim, self.heads)
+        return self._encode_on_cpu(x_BHTD) if on_cpu(x_BHTD) else self.encode_reference(x_BHTD)
+
+    def encode_reference(self, x_BHTD: Tensor) -> PackedVectors:
+        """As `encode` on any device, by PyTorch; refuses nothing."""
         centred_BHTD = x_BHTD.detach().float() - self.fit.mean_HD[:, None]
         unit_BHTC, norm_BHT = self._unit(centred_BHTD)
         planes, centroids = [], []
@@ -144,25 +169,54 @@ class FittedCodec:
             planes.append(pack(index.to(torch.uint8), group.bits))
             centroids.append(self._look_up(index, group.bits))
         scalars_BHT = norm_BHT * self._factor(unit_BHTC, torch.cat(centroids, dim=-1))
-        packed = PackedVectors(torch.cat(planes, dim=-1), scalars_BHT.half())
-        if x_BHTD.device.type == "cpu":
-            packed.require_finite()
-        return packed
+        return PackedVectors(torch.cat(planes, dim=-1), scalars_BHT.half())
 
     @in_float32
     def decode(self, packed: PackedVectors, dtype: torch.dtype = torch.float32) -> Tensor:
         """Packed vectors → `dtype` [B, H, T, D]; float32 arithmetic, rounded once at the end."""
+        if on_cpu(packed.scalars):
+            from stillhouse.kernels.turboquant import cpu_codec
+
+            coded_BHTC = cpu_codec.decode(packed.indices, self._scale(packed), self._cpu_tables)
+        else:
+            coded_BHTC = self._coded_vectors(packed)
+        return self._from_coded(coded_BHTC).to(dtype)
+
+    def decode_reference(self, packed: PackedVectors) -> Tensor:
+        """As `decode` to float32 on any device, by PyTorch."""
+        return self._from_coded(self._coded_vectors(packed))
+
+    def _scale(self, packed: PackedVectors) -> Tensor:
+        return packed.scalars.float() / math.sqrt(self._coded)
+
+    def _coded_vectors(self, packed: PackedVectors) -> Tensor:
         widths = [packed_bytes(group.channels, group.bits) for group in self._groups]
         planes = packed.indices.split(widths, dim=-1)
         indices = [unpack(p, g.bits, g.channels) for p, g in zip(planes, self._groups, strict=True)]
         parts = [self._look_up(i.int(), g.bits) for i, g in zip(indices, self._groups, strict=True)]
-        scale = packed.scalars.float() / math.sqrt(self._coded)
-        coded_BHTC = torch.cat(parts, dim=-1) * scale[..., None]
+        return torch.cat(parts, dim=-1) * self._scale(packed)[..., None]
+
+    def _from_coded(self, coded_BHTC: Tensor) -> Tensor:
         if self.fit.inverse_HDD is None:
             x_BHTD = pad(coded_BHTC, (0, self.head_dim - self._coded))
         else:
             x_BHTD = coded_BHTC @ self.fit.inverse_HDD[..., : self._coded].mT
-        return (x_BHTD + self.fit.mean_HD[:, None]).to(dtype)
+        return x_BHTD + self.fit.mean_HD[:, None]
+
+    def _encode_on_cpu(self, x_BHTD: Tensor) -> PackedVectors:
+        from stillhouse.kernels.turboquant import cpu_codec
+
+        return cpu_codec.encode(x_BHTD, self._cpu_tables)
+
+    @cached_property
+    def _cpu_tables(self) -> "CpuTables":
+        from stillhouse.kernels.turboquant.cpu_codec import CpuTables
+
+        fit = self.fit
+        books = [(self._centroids[g.bits], self._boundaries[g.bits]) for g in self._groups]
+        return CpuTables.build(
+            fit.map_HDD, fit.mean_HD, fit.weight_HD, self._groups, books, self.scalar
+        )
 
     def _unit(self, centred_BHTD: Tensor) -> tuple[Tensor, Tensor]:
         """The coded channels scaled to variance 1, [B, H, T, C], and their norm before."""

@@ -21,7 +21,10 @@ def in_float32(
 
     @wraps(method)
     def exact(codec: Codec, given: Given, *args: Rest.args, **kwargs: Rest.kwargs) -> Result:
-        with torch.autocast(tensors_of(given)[0].device.type, enabled=False):
+        device = tensors_of(given)[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return method(codec, given, *args, **kwargs)
+        with torch.autocast(device, enabled=False):
             return method(codec, given, *args, **kwargs)
 
     return exact

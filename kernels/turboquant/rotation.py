@@ -84,8 +84,9 @@ class Rotation:
         dim, device = signs_D.shape[0], signs_D.device
         block = hadamard_block(dim)
         identity_DD = torch.eye(dim, dtype=torch.float32, device=device)
-        # Row j of the transformed diag(s) is H (s_j e_j), column j of R.
-        matrix_DD = hadamard_transform(identity_DD * signs_D, block).T.contiguous()
+        # Row j of the transformed diag(s) is H (s_j e_j), column j of R: the loops on a CPU read
+        # columns, so it stays a view.
+        matrix_DD = hadamard_transform(identity_DD * signs_D, block).T
         return cls(block, signs_D, matrix_DD)
 
     def rotate(self, x_D: Tensor) -> Tensor:

@@ -79,13 +79,13 @@ def plan(
     batch: Annotated[int | None, typer.Option(min=1, help="Sequences (1).")] = None,
     formats: Annotated[
         list[str] | None,
-        typer.Option("--format", help="bf16, fp8, k4v4, …, vllm:4bit_nc; several with commas."),
+        typer.Option("--format", help="bf16, fp8, k4v4, fitted:3.5, …; several with commas."),
     ] = None,
     sinks: Annotated[
-        int | None, typer.Option(min=0, help="First tokens kept in 16 bits (0).")
+        int | None, typer.Option(min=0, help="First tokens kept in 16 bits (the recipe's, or 0).")
     ] = None,
     recent: Annotated[
-        int | None, typer.Option(min=0, help="Last tokens kept in 16 bits (0).")
+        int | None, typer.Option(min=0, help="Last tokens kept in 16 bits (the recipe's, or 0).")
     ] = None,
     json_out: Annotated[
         Path | None, typer.Option("--json", metavar="OUT", help="Write the sizes as JSON too.")
@@ -106,9 +106,7 @@ def plan(
                 "Write plan RECIPE --cache, or plan --cache --model MODEL"
             )
         config = None if recipe is None else _recipe(recipe, overrides)
-        _plan_cache(
-            config, model, context, formats, (batch or 1, sinks or 0, recent or 0), json_out
-        )
+        _plan_cache(config, model, context, formats, (batch or 1, sinks, recent), json_out)
         return
     if recipe is None:
         raise ConfigError(
@@ -135,7 +133,7 @@ def _plan_cache(
     model: str | None,
     context: list[str] | None,
     formats: list[str] | None,
-    numbers: tuple[int, int, int],
+    numbers: tuple[int, int | None, int | None],
     out: Path | None,
 ) -> None:
     from stillhouse.cli.tables import show_cache

@@ -152,6 +152,7 @@ def show_target_cache(plan: CachePlan) -> None:
     for row in plan.rows:
         text = f"  {row.format}: {_gib(row.gib)} GiB = {_gib(row.gb)} GB"
         terminal.print(f"{text} ({row.size.total:,} bytes)", highlight=False, markup=False)
+    _show_value_maps(terminal, plan)
 
 
 def show_cache(plan: CachePlan) -> None:
@@ -170,6 +171,13 @@ def show_cache(plan: CachePlan) -> None:
     for row in plan.rows:
         table.add_row(*_cache_cells(row))
     terminal.print(table)
+    _show_value_maps(terminal, plan)
+
+
+def _show_value_maps(terminal: Terminal, plan: CachePlan) -> None:
+    for maps in {row.value_maps for row in plan.rows} - {0}:
+        text = f"fitted: {maps:,} bytes more where the weights cannot take the values' maps"
+        terminal.print(text, highlight=False, markup=False)
 
 
 def _cache_cells(row: CacheRow) -> tuple[str, ...]:

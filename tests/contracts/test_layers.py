@@ -112,6 +112,7 @@ def test_a_sound_tree_is_green(sound_tree: Path) -> None:
         ("only-torch", "pipelines/bad.py", "import torch"),
         ("only-torch", "storage/bad.py", "from torch.utils import data"),
         ("only-triton", "workers/bad.py", "import triton"),
+        ("only-triton", "workers/bad.py", "import numba"),
         ("only-models", "kernels/codec/bad.py", "from transformers import Cache"),
         ("only-models", "pipelines/bad.py", "import safetensors.torch"),
         ("only-ray", "workers/trainer.py", "import ray"),

@@ -33,12 +33,41 @@ def test_a_plan_for_programs(tmp_path):
     assert (found["batch"], found["sinks"], found["recent"]) == (2, 1, 3)
 
 
-def test_a_recipes_target_in_its_own_format(line: Line):
+def test_a_fitted_plan_tells_what_values_that_do_not_fold_take(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIG))
+    rows = plan_cache(str(path), ask_cache(None, ["10"], ["k3v3", "fitted:3"])).as_json()["rows"]
+    assert [row["value_maps"] for row in rows] == [0, 2 * 2 * 64 * 64 * 4]
+    assert rows[1]["parts"]["stored"] == rows[0]["parts"]["stored"] == 2 * 10 * 52
+
+
+@pytest.mark.parametrize(
+    ("compress", "name"),
+    [
+        ({"key_bits": 5, "value_bits": 3}, "fitted:4"),
+        ({"key_bits": 4, "value_bits": 3}, "fitted:3.5"),
+        ({"key_bits": 5, "value_bits": 3, "calibrate": False}, "k5v3"),
+        ({"key_bits": 8, "value_bits": 3}, "k8v3"),
+        ({"budget_kl": 0.1}, "fitted:5"),
+    ],
+)
+def test_a_recipes_target_in_its_own_format(line: Line, compress, name):
     line.tree["models"]["target"] = "toy:gemma"
-    line.tree["compress"] = {"key_bits": 5, "value_bits": 3}
+    line.tree["compress"] = compress
     plan = plan_target_cache(line.recipe)
-    assert [(row.context, row.format) for row in plan.rows] == [(512, "bf16"), (512, "k5v3")]
-    assert "k5v3" in ask_cache(line.recipe, (), (), 1, 0, 0).formats
+    assert [(row.context, row.format) for row in plan.rows] == [(512, "bf16"), (512, name)]
+    assert ask_cache(line.recipe, (), ()).formats[-1] == name
+
+
+def test_both_plans_of_a_recipe_have_its_windows(line: Line):
+    line.tree["models"]["target"] = "toy:gemma"
+    line.tree["compress"] = {"sinks": 3, "recent": 7}
+    target = plan_target_cache(line.recipe)
+    asked = ask_cache(line.recipe, (), ())
+    assert (asked.sinks, asked.recent) == (3, 7)
+    assert plan_cache(line.recipe.models.target, asked).rows[-1] == target.rows[-1]
+    other = ask_cache(line.recipe, (), (), sinks=0, recent=1)
+    assert (other.sinks, other.recent) == (0, 1)
 
 
 @pytest.mark.parametrize("word", ["0", "-1", "12k", "1.5", "x", "9" * 30])

@@ -23,6 +23,7 @@ from stillhouse.kernels.turboquant import (
     HalfCodec,
     HeadFit,
     VectorCodec,
+    in_columns,
 )
 from stillhouse.storage.durable import replace_file
 from stillhouse.workers.cache.scheme import CACHE_KINDS, CacheKind
@@ -145,6 +146,7 @@ def _fit(
     fits = all(group.channels > 0 and group.bits in GROUP_BITS for group in coded)
     if not fits or sum(group.channels for group in coded) != dim:
         raise ValueError(f"groups of layer {index}'s {kind}s do not fit {dim} channels: {groups}")
+    map_HDD = None if map_HDD is None else in_columns(map_HDD)
     return HeadFit(mean_HD, map_HDD, inverse_HDD, weight_HD, coded)
 
 

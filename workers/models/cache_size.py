@@ -1,37 +1,47 @@
 """Bytes of a key/value cache by format, without torch and without a model.
 
 Counted as it is allocated: every vector of every layer, the tokens and layers that stay in 16 bits,
-and the codecs' tables once. tests/workers/test_cache_size.py compares it with TurboQuantCache.
+and the codecs' tables once. tests/workers/test_cache_size.py compares it with TurboQuantCache. Of a
+fitted cache, whose calibration shares the bytes out, both figures are the most that it takes. What
+compiled loops lay out anew of a table, small and another on each device, is not counted.
 """
 
-import re
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 from stillhouse.errors import ConfigError, ModelError
+from stillhouse.workers.cache_quality.formats import parse_format
 from stillhouse.workers.models.cache_shape import CacheShape, LayerShape
 
 
 @dataclass(frozen=True, slots=True)
 class VectorFormat:
-    """How one key or value is stored: bits a coordinate, and bytes beside them (its scalars)."""
+    """How one key or value is stored: bits a coordinate, bytes beside them (its scalars), and what
+    head sizes are multiples of."""
 
-    bits: int
+    bits: float
     scalars: int = 0
+    multiple: int = 1
 
-    def nbytes(self, dim: int) -> int:
-        """Bytes of a vector of `dim` coordinates."""
-        return dim * self.bits // 8 + self.scalars
+    def nbytes(self, dim: int) -> float:
+        """Bytes of a vector of `dim` coordinates; of a fitted one the mean over all, not whole."""
+        return dim * self.bits / 8 + self.scalars
+
+
+Tables = Literal["none", "shared", "fitted"]
 
 
 @dataclass(frozen=True, slots=True)
 class StoredFormat:
-    """A cache's format. `codec`: ours, with tables and windows in 16 bits; `boundary`: how many of
-    the first and of the last layers stay in 16 bits."""
+    """A cache's format. `tables`: of none, of one codec a head size, or of every head of every
+    layer; with tables it is ours, and has windows in 16 bits. `boundary`: how many of the first
+    and of the last layers stay in 16 bits."""
 
     name: str
     key: VectorFormat
     value: VectorFormat
-    codec: bool = False
+    tables: Tables = "none"
     boundary: int = 0
 
 
@@ -49,38 +59,52 @@ class CacheSize:
         return self.stored + self.kept + self.tables
 
 
-_BF16 = VectorFormat(16)
+_BF16, _FP8 = VectorFormat(16), VectorFormat(8)
+_PLAIN = StoredFormat("bf16", _BF16, _BF16)
 _SCALAR = 2  # float16
-_CODEC = re.compile(r"k([1-58])v([1-58])")
-_NAMED = {
-    "bf16": StoredFormat("bf16", _BF16, _BF16),
-    "fp8": StoredFormat("fp8", VectorFormat(8), VectorFormat(8)),
-    # vLLM's presets: a norm for a key, scale and zero for a value; 2 layers at each end in bf16
-    "vllm:k8v4": StoredFormat("vllm:k8v4", VectorFormat(8), VectorFormat(4, 4), boundary=2),
-    "vllm:4bit_nc": StoredFormat(
-        "vllm:4bit_nc", VectorFormat(4, 2), VectorFormat(4, 4), boundary=2
-    ),
-    "vllm:k3v4_nc": StoredFormat(
-        "vllm:k3v4_nc", VectorFormat(3, 2), VectorFormat(4, 4), boundary=2
-    ),
-    "vllm:3bit_nc": StoredFormat(
-        "vllm:3bit_nc", VectorFormat(3, 2), VectorFormat(3, 4), boundary=2
-    ),
+# A norm for a key, scale and zero for a value, as in workers/cache/vllm_presets.py.
+_VLLM = {
+    "k8v4": (_FP8, VectorFormat(4, 4, 8)),
+    "4bit_nc": (VectorFormat(4, 2, 8), VectorFormat(4, 4, 8)),
+    "k3v4_nc": (VectorFormat(3, 2, 8), VectorFormat(4, 4, 8)),
+    "3bit_nc": (VectorFormat(3, 2, 8), VectorFormat(3, 4, 8)),
 }
+_VLLM_BOUNDARY = 2
 
 
 def stored_format(name: str) -> StoredFormat:
-    """The format of that name; ConfigError for another."""
-    if name in _NAMED:
-        return _NAMED[name]
-    found = _CODEC.fullmatch(name)
-    if found is None:
-        raise ConfigError(
-            f"--format: expected {', '.join(_NAMED)} or k<bits>v<bits> with bits 1 to 5 or 8 "
-            f"(k4v4), found {name!r}"
-        )
-    key, value = (VectorFormat(int(bits), _SCALAR) for bits in found.groups())
-    return StoredFormat(name, key, value, codec=True)
+    """The format of a name as `bench cache-quality` has them; ConfigError for another."""
+    try:
+        asked = parse_format(name)
+    except ConfigError:
+        raise _unknown(name) from None
+    match asked.family, asked.preset or asked.bits:
+        case "bf16", _:
+            return _PLAIN
+        case "fp8", _:
+            return StoredFormat(name, _FP8, _FP8)
+        case "vllm", str(preset):
+            boundary = 0 if asked.all_layers else _VLLM_BOUNDARY
+            return StoredFormat(name, *_VLLM[preset], boundary=boundary)
+        case "mse", (key, value):
+            return StoredFormat(name, _mse(key), _mse(value), "shared")
+        case "fitted", (bits, _) if 1 <= bits <= 5:
+            fitted = VectorFormat(bits, _SCALAR, 8)
+            return StoredFormat(name, fitted, fitted, "fitted")
+    raise _unknown(name)
+
+
+def _unknown(name: str) -> ConfigError:
+    return ConfigError(
+        "--format: expected bf16, fp8, k<bits>v<bits> or mse:<bits> with bits 1 to 5 or 8 (k4v4; "
+        "mse to 4.5 in halves), fitted:<bits> with bits from 1 to 5, vllm:<preset> or "
+        f"vllm:<preset>:all with a preset of {', '.join(_VLLM)}, found {name!r:.60}"
+    )
+
+
+def _mse(bits: float) -> VectorFormat:
+    """Half bits: two sets of channels of equal size, each with its scalar."""
+    return VectorFormat(bits, *((_SCALAR, 8) if bits == int(bits) else (2 * _SCALAR, 16)))
 
 
 def cache_size(
@@ -94,20 +118,28 @@ def cache_size(
     """Bytes after `tokens` tokens in each of `batch` sequences.
 
     sinks, recent: the first and the last tokens, which a codec's cache keeps in 16 bits and does
-    not pack; a sliding layer keeps those of them that it still holds. ModelError for head sizes
-    that the format cannot pack.
+    not pack; a sliding layer keeps those of them that it still holds. A fitted cache is taken to be
+    calibrated for `tokens` tokens, and its values' maps to lie in the model's weights (`value_maps`
+    otherwise). ModelError for head sizes that the format cannot pack.
     """
-    stored = kept = 0
-    last = len(shape.layers) - form.boundary
+    stored, kept = 0.0, 0.0
+    ends = min(form.boundary, len(shape.layers) // 2)
+    inner = range(ends, len(shape.layers) - ends)
     for index, layer in enumerate(shape.layers):
         held = layer.stored(tokens)
-        raw = _in_16_bits(layer, tokens, sinks, recent) if form.codec else 0
-        if index < form.boundary or index >= last:
+        raw = _in_16_bits(layer, tokens, sinks, recent) if form.tables != "none" else 0
+        if index not in inner:
             raw = held
-        stored += (held - raw) * _token(shape, layer, form.key, form.value)
-        kept += raw * _token(shape, layer, _BF16, _BF16)
-    tables = _tables(shape, form) if form.codec else 0
-    return CacheSize(stored * batch, kept * batch, tables)
+        stored += (held - raw) * _token(shape, layer, form)
+        kept += raw * _token(shape, layer, _PLAIN)
+    return CacheSize(math.ceil(stored * batch), math.ceil(kept * batch), _tables(shape, form))
+
+
+def value_maps(shape: CacheShape, form: StoredFormat) -> int:
+    """Bytes of the maps that a fitted cache's tables have besides where no value folds."""
+    if form.tables != "fitted":
+        return 0
+    return sum(_maps(layer.kv_heads, layer.value_dim) for layer in shape.layers)
 
 
 def _in_16_bits(layer: LayerShape, tokens: int, sinks: int, recent: int) -> int:
@@ -118,18 +150,21 @@ def _in_16_bits(layer: LayerShape, tokens: int, sinks: int, recent: int) -> int:
     return late + max(early, 0)
 
 
-def _token(shape: CacheShape, layer: LayerShape, key: VectorFormat, value: VectorFormat) -> int:
-    for dim, form in ((layer.key_dim, key), (layer.value_dim, value)):
-        if form.scalars and dim % 8:
+def _token(shape: CacheShape, layer: LayerShape, form: StoredFormat) -> float:
+    for dim, part in ((layer.key_dim, form.key), (layer.value_dim, form.value)):
+        if dim % part.multiple:
             raise ModelError(
-                f"{shape.name}: expected head sizes that are multiples of 8, found {dim}. Only "
-                "bf16 and fp8 store it"
+                f"{shape.name}: expected head sizes that are multiples of {part.multiple}, found "
+                f"{dim}. {form.name} does not store it; bf16 and fp8 do"
             )
-    return layer.kv_heads * (key.nbytes(layer.key_dim) + value.nbytes(layer.value_dim))
+    return layer.kv_heads * (form.key.nbytes(layer.key_dim) + form.value.nbytes(layer.value_dim))
 
 
 def _tables(shape: CacheShape, form: StoredFormat) -> int:
-    """Of one codec a head size, for keys and for values."""
+    if form.tables == "none":
+        return 0
+    if form.tables == "fitted":
+        return sum(_fitted_tables(layer) for layer in shape.layers)
     keys = {layer.key_dim for layer in shape.layers}
     values = {layer.value_dim for layer in shape.layers}
     return sum(_codec_tables(dim, form.key.bits) for dim in keys) + sum(
@@ -137,6 +172,28 @@ def _tables(shape: CacheShape, form: StoredFormat) -> int:
     )
 
 
-def _codec_tables(dim: int, bits: int) -> int:
-    """float32: the rotation and its signs, 2^bits centroids and the boundaries between them."""
-    return 4 * (dim * dim + dim + 2 * (1 << bits) - 1)
+def _codec_tables(dim: int, bits: float) -> int:
+    """float32: the rotation and its signs, centroids and boundaries; of a split both codecs' and
+    the channels' order, int64."""
+    low = int(bits)
+    if bits != low:
+        order = 2 * 8 * dim  # the two sets, and each channel's place in them
+        return _codec_tables(dim // 2, low + 1) + _codec_tables(dim // 2, low) + order
+    return 4 * (dim * dim + dim) + _book(low)
+
+
+def _fitted_tables(layer: LayerShape) -> int:
+    """float32: mean and weight of every head, the keys' maps, codebooks of three groups at most."""
+    vectors = 4 * layer.kv_heads * 2 * (layer.key_dim + layer.value_dim)
+    books = 2 * sum(map(_book, (5, 4, 3)))
+    return vectors + _maps(layer.kv_heads, layer.key_dim) + books
+
+
+def _maps(heads: int, dim: int) -> int:
+    """float32: a map and its inverse for every head."""
+    return 4 * heads * 2 * dim * dim
+
+
+def _book(bits: int) -> int:
+    """float32: 2^bits centroids and the boundaries between them."""
+    return 4 * (2 * (1 << bits) - 1)

@@ -1,0 +1,139 @@
+"""The mse and the fitted codec on a CPU: one compiled loop that encodes and one that decodes.
+
+The bytes are those of the PyTorch reference, ties aside: sums in another order may put a coordinate
+within 1e-5 of a boundary on its other side, and a scalar on the next float16.
+
+Imported by the codecs at their first call on CPU tensors, since it loads numba.
+
+Shape suffixes: B batch, H key/value heads, T tokens, D head size, C coded channels, G groups of
+heads with a map of their own (1 or H), P packed bytes, R channel groups.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stillhouse.kernels.turboquant import cpu_kernels
+from stillhouse.kernels.turboquant.balance import ChannelGroup
+from stillhouse.kernels.turboquant.codec import PackedVectors
+from stillhouse.kernels.turboquant.packing import packed_bytes
+
+_KINDS = {
+    "norm": cpu_kernels.NORM,
+    "corrected": cpu_kernels.CORRECTED,
+    "unbiased": cpu_kernels.UNBIASED,
+    "least_squares": cpu_kernels.LEAST_SQUARES,
+}
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class CpuTables:
+    """What the loops read, float32 and contiguous; views of the codec's tables where they can be.
+
+    map_GDD: a column a channel, the coded ones first; G = 0 for the identity. groups_R4: channels,
+    bits, first centroid and first boundary of each coded group.
+    """
+
+    mean_GD: Array
+    map_GDD: Array
+    weight_GD: Array
+    groups_R4: Array
+    centroids: Array
+    boundaries: Array
+    kind: int
+    coded: int
+    packed: int
+
+    @classmethod
+    def build(
+        cls,
+        map_GDD: Tensor | None,
+        mean_GD: Tensor,
+        weight_GD: Tensor,
+        groups: Sequence[ChannelGroup],
+        books: Sequence[tuple[Tensor, Tensor]],
+        scalar: str,
+    ) -> "CpuTables":
+        """map_GDD: y = map_g z. books: centroids and boundaries of each group."""
+        rows, centroids, boundaries = [], 0, 0
+        for group, (centroid, boundary) in zip(groups, books, strict=True):
+            rows.append((group.channels, group.bits, centroids, boundaries))
+            centroids += centroid.numel()
+            boundaries += boundary.numel()
+        columns_GDD = mean_GD.new_empty((0, 0, 0)) if map_GDD is None else map_GDD.mT
+        all_centroids, all_boundaries = map(_joined, zip(*books, strict=True))
+        return cls(
+            _floats(mean_GD),
+            _floats(columns_GDD),
+            _floats(weight_GD),
+            np.array(rows, dtype=np.int64),
+            _floats(all_centroids),
+            _floats(all_boundaries),
+            _KINDS[scalar],
+            coded=sum(group.channels for group in groups),
+            packed=sum(packed_bytes(group.channels, group.bits) for group in groups),
+        )
+
+    def bytes_apart(self, tables: Iterable[Tensor]) -> int:
+        """Bytes of what is no view of these."""
+        known = {table.data_ptr() for table in tables}
+        arrays = (self.mean_GD, self.map_GDD, self.weight_GD, self.groups_R4)
+        all_arrays = (*arrays, self.centroids, self.boundaries)
+        return sum(array.nbytes for array in all_arrays if array.ctypes.data not in known)
+
+
+def encode(x_D: Tensor, tables: CpuTables) -> PackedVectors:
+    """CPU vectors [..., H, T, D] of any float dtype; NotFiniteError for what float16 cannot hold.
+
+    Where all heads share a map any leading axes do.
+    """
+    axes = x_D.shape[:-1]
+    tokens = axes[-1] if tables.mean_GD.shape[0] > 1 else 1
+    indices = torch.empty((*axes, tables.packed), dtype=torch.uint8)
+    scalars = torch.empty(axes, dtype=torch.float32)
+    if not scalars.numel():
+        return PackedVectors(indices, scalars.half())
+    lost = cpu_kernels.encode_rows(
+        x_D.detach().float().reshape(-1, x_D.shape[-1]).contiguous().numpy(),
+        tokens,
+        tables.mean_GD,
+        tables.map_GDD,
+        tables.weight_GD,
+        tables.groups_R4,
+        tables.centroids,
+        tables.boundaries,
+        tables.kind,
+        indices.view(-1, tables.packed).numpy(),
+        scalars.view(-1).numpy(),
+    )
+    packed = PackedVectors(indices, scalars.half())
+    if lost:
+        packed.require_finite()
+    return packed
+
+
+def decode(indices_P: Tensor, scale: Tensor, tables: CpuTables) -> Tensor:
+    """float32 [..., C]: the centroids of packed rows [..., P], each times its row's scale [...]."""
+    out_C = torch.empty((*scale.shape, tables.coded), dtype=torch.float32)
+    if scale.numel():
+        cpu_kernels.decode_rows(
+            indices_P.contiguous().view(-1, tables.packed).numpy(),
+            scale.contiguous().view(-1).numpy(),
+            tables.groups_R4,
+            tables.centroids,
+            out_C.view(-1, tables.coded).numpy(),
+        )
+    return out_C
+
+
+def _floats(table: Tensor) -> Array:
+    return table.detach().float().contiguous().numpy()
+
+
+def _joined(tables: Sequence[Tensor]) -> Tensor:
+    return tables[0] if len(tables) == 1 else torch.cat(tuple(tables))

@@ -1,0 +1,163 @@
+"""The codec's loops for a CPU, compiled by numba at their first use and kept in its cache on disk.
+
+A vector goes through registers and L1 from the map to the packed bytes; PyTorch would make a
+dozen passes, each with a call that costs more than the arithmetic of a generated token's few
+vectors. Loops are written so that the compiler vectorises them without reordering a sum; products
+may fuse with sums. Launched by `cpu_codec`.
+
+Shape suffixes: N vectors, H key/value heads, T tokens of one head, D head size, C coded channels,
+G groups of heads with a map of their own (1 or H), P packed bytes; R channel groups, each a row
+(channels, bits, first centroid, first boundary).
+"""
+
+import math
+
+import numba
+import numpy as np
+
+NORM, CORRECTED, UNBIASED, LEAST_SQUARES = range(4)  # which scalar
+_TINY = np.float32(1e-20)
+_OVERFLOW = np.float32(65520)  # rounds to an infinity in float16
+_OPTIONS = {"cache": True, "nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
+_ENCODE = (
+    "int64(float32[:,::1], int64, float32[:,::1], float32[:,:,::1], float32[:,::1], int64[:,::1],"
+    "float32[::1], float32[::1], int64, uint8[:,::1], float32[::1])"
+)
+_DECODE = "void(uint8[:,::1], float32[::1], int64[:,::1], float32[::1], float32[:,::1])"
+
+
+@numba.njit(**_OPTIONS)
+def _nearest(u, index, boundaries):
+    """How many boundaries lie strictly below each value."""
+    for c in range(u.shape[0]):
+        index[c] = 0
+    for i in range(boundaries.shape[0]):
+        edge = boundaries[i]
+        for c in range(u.shape[0]):
+            index[c] += np.uint8(u[c] > edge)
+
+
+@numba.njit(**_OPTIONS)
+def _factor(kind, u, near, weight):
+    """What the norm is multiplied by."""
+    if kind == NORM:
+        return np.float32(1)
+    inner, length, whole = np.float64(0), np.float64(0), np.float64(0)
+    for c in range(u.shape[0]):
+        inner += np.float64(weight[c]) * u[c] * near[c]
+        length += np.float64(weight[c]) * near[c] * near[c]
+        whole += np.float64(weight[c]) * u[c] * u[c]
+    if kind == CORRECTED:
+        return np.float32(math.sqrt(u.shape[0] / length))
+    if kind == UNBIASED:
+        return np.float32(whole / max(inner, _TINY))
+    return np.float32(inner / length)
+
+
+@numba.njit(**_OPTIONS)
+def _pack(index, bits, out):
+    """`packing.pack` of one group of channels."""
+    count = index.shape[0]
+    low = bits - 1 if bits == 3 or bits == 5 else bits
+    mask = (1 << low) - 1
+    run = count * low // 8
+    for j in range(run):
+        out[j] = index[j] & mask
+    for r in range(1, 8 // low):
+        for j in range(run):
+            out[j] |= np.uint8((index[r * run + j] & mask) << (r * low))
+    if low != bits:
+        eighth = count // 8
+        for j in range(eighth):
+            out[run + j] = 0
+        for r in range(8):
+            for j in range(eighth):
+                out[run + j] |= np.uint8((index[r * eighth + j] >> low) << r)
+
+
+@numba.njit(**_OPTIONS)
+def _look_up(row, bits, book, scale, out):
+    count = out.shape[0]
+    low = bits - 1 if bits == 3 or bits == 5 else bits
+    mask = (1 << low) - 1
+    run = count * low // 8
+    eighth = count // 8
+    if low == bits:
+        for r in range(8 // low):
+            for j in range(run):
+                out[r * run + j] = scale * book[(row[j] >> (r * low)) & mask]
+        return
+    # The high bit's plane has runs of an eighth: `low` of them make one of the low plane's.
+    for e in range(8):
+        shift, first = e // low * low, e % low * eighth
+        for j in range(eighth):
+            high = (row[run + j] >> e) & 1
+            index = ((row[first + j] >> shift) & mask) | (high << low)
+            out[e * eighth + j] = scale * book[index]
+
+
+@numba.njit(_ENCODE, **_OPTIONS)
+def encode_rows(
+    x_ND, tokens, mean_GD, map_GDD, weight_GD, groups_R4, centroids, boundaries, kind, out_NP, out_N
+):
+    """Vectors, T tokens of each head in turn, to packed rows and float32 scalars.
+
+    Returns how many scalars float16 cannot hold, or are no numbers. map_GDD: a column a channel,
+    the coded ones first; without any (G = 0) the map is the identity.
+    """
+    heads, dim = mean_GD.shape
+    coded = groups_R4[:, 0].sum()
+    y_C = np.empty(coded, np.float32)
+    index_C = np.empty(coded, np.uint8)
+    near_C = np.empty(coded, np.float32)
+    root = np.float32(math.sqrt(coded))
+    lost = 0
+    for n in range(x_ND.shape[0]):
+        g = n // tokens % heads
+        if map_GDD.shape[0] == 0:
+            for c in range(coded):
+                y_C[c] = x_ND[n, c] - mean_GD[g, c]
+        else:
+            for c in range(coded):
+                y_C[c] = 0
+            for d in range(dim):
+                z = x_ND[n, d] - mean_GD[g, d]
+                for c in range(coded):
+                    y_C[c] += z * map_GDD[g, d, c]
+        square = np.float64(0)
+        for c in range(coded):
+            square += np.float64(y_C[c]) * y_C[c]
+        norm = np.float32(math.sqrt(square))
+        to_unit = root / norm if norm > 0 else np.float32(0)
+        for c in range(coded):
+            y_C[c] *= to_unit
+        start, place = 0, 0
+        for r in range(groups_R4.shape[0]):
+            channels, bits, centroid, boundary = groups_R4[r]
+            u = y_C[start : start + channels]
+            index = index_C[start : start + channels]
+            _nearest(u, index, boundaries[boundary : boundary + 2**bits - 1])
+            for c in range(channels):
+                near_C[start + c] = centroids[centroid + index[c]]
+            _pack(index, bits, out_NP[n, place : place + channels * bits // 8])
+            start += channels
+            place += channels * bits // 8
+        scalar = norm * _factor(kind, y_C, near_C, weight_GD[g])
+        out_N[n] = scalar
+        lost += not abs(scalar) < _OVERFLOW
+    return lost
+
+
+@numba.njit(_DECODE, **_OPTIONS)
+def decode_rows(packed_NP, scale_N, groups_R4, centroids, out_NC):
+    """Packed rows to centroid times scale, float32 [N, C]."""
+    for n in range(packed_NP.shape[0]):
+        start, place = 0, 0
+        for r in range(groups_R4.shape[0]):
+            channels, bits, centroid, _ = groups_R4[r]
+            stop = place + channels * bits // 8
+            row = packed_NP[n, place:stop]
+            book = centroids[centroid : centroid + 2**bits]
+            _look_up(row, bits, book, scale_N[n], out_NC[n, start : start + channels])
+            start += channels
+            place = stop
