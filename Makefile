@@ -27,7 +27,7 @@ check: setup  ## format, lint, types, import rules
 	@echo "== ruff format"; $(BIN)/ruff format --check .
 	@echo "== ruff check"; $(BIN)/ruff check .
 	@$(PY) tools/typing_tree.py
-	@echo "== mypy"; cd .typing && $(BIN)/mypy --config-file ../pyproject.toml -p stillhouse -p tests -p tools
+	@echo "== mypy"; cd .typing && $(BIN)/mypy --config-file ../pyproject.toml -p stillhouse -p tests -p tools -p benchmarks
 	@echo "== import-linter"; cd .typing && $(BIN)/lint-imports --config ../pyproject.toml --cache-dir ../.import_linter_cache
 
 kernels: setup  ## compile every kernel for sm_80 and sm_90, report registers and shared memory

@@ -1,6 +1,7 @@
 """What a compressed cache costs and saves while a model generates on the CPU.
 
     python benchmarks/cache_cpu.py --text FILE --json OUT [--quick] [--model REF] [--threads N]
+        [--contexts N …] [--formats NAME …]
 
 Each (format, context) runs in a process of its own: the text is read in chunks, then tokens are
 generated one by one. Peers in the same run: transformers' DynamicCache in the model's float32, and
@@ -127,6 +128,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--contexts", type=int, nargs="+")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     parser.add_argument("--quick", action="store_true", help=f"contexts {QUICK} only")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--plans", type=Path, help=argparse.SUPPRESS)
@@ -155,7 +157,7 @@ def calibrated(asked: argparse.Namespace) -> None:
     lm = loaded(asked)
     rows = calibration_rows(lm, [asked.text.read_text()], CALIBRATION)
     found = calibrate(lm, rows, sinks=SINKS, recent=0, context=max(asked.contexts))
-    for form in FORMATS:
+    for form in asked.formats:
         if form.startswith("fitted"):
             found.plan_of_bits(int(form[-1])).save(asked.plans / form)
 
@@ -170,7 +172,7 @@ def table(asked: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     for context in asked.contexts:
         peer: Row | None = None
-        for form in ("float16", *(form for form in FORMATS if form != "float16")):
+        for form in dict.fromkeys(("float16", *asked.formats)):
             row = in_a_process(asked, form, context)
             peer = peer or row
             row = compared(row, peer)
@@ -366,7 +368,7 @@ def drawn(rows: Sequence[Row], title: str) -> str:
     with plain_svg():
         figure = Figure(figsize=(9, 4), layout="constrained")
         for axes, name in zip(figure.subplots(1, 2), ("cache_bytes", "peak_bytes"), strict=True):
-            for form in FORMATS:
+            for form in dict.fromkeys(row.format for row in rows):
                 mine = [row for row in rows if row.format == form]
                 sizes = [getattr(row, name) / 1e6 for row in mine]
                 axes.plot([row.context for row in mine], sizes, marker="o", label=form)

@@ -27,7 +27,7 @@ from stillhouse.workers.protocols import CacheMeasure, CalibrateJob
 from stillhouse.workers.recall import recalling
 from stillhouse.workers.token_windows import windows
 
-RECALL = 0.5  # docs/decisions/0012: what it is worth
+RECALL = 0.5  # docs/decisions/0012-recall.md
 ROW = 2048  # tokens of a row at most: its backward pass has to fit into memory
 _BITS = tuple(quarters / 4 for quarters in range(4, 21))  # what a quality budget chooses from
 
