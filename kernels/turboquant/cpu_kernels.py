@@ -50,7 +50,7 @@ def _factor(kind, u, near, weight):
     if kind == CORRECTED:
         return np.float32(math.sqrt(u.shape[0] / length))
     if kind == UNBIASED:
-        return np.float32(whole / max(inner, _TINY))
+        return np.float32(whole / (inner if inner > _TINY else np.float64(_TINY)))
     return np.float32(inner / length)
 
 

@@ -229,7 +229,8 @@ class FittedCodec:
         return coded_BHTC * to_unit_BHT[..., None], norm_BHT
 
     def _split(self, x_BHTC: Tensor) -> tuple[Tensor, ...]:
-        return x_BHTC.split([group.channels for group in self._groups], dim=-1)
+        parts: tuple[Tensor, ...] = x_BHTC.split([g.channels for g in self._groups], dim=-1)
+        return parts
 
     def _look_up(self, index: Tensor, bits: int) -> Tensor:
         return self._centroids[bits].index_select(0, index.reshape(-1)).view(index.shape)

@@ -20,7 +20,7 @@ def in_float32(
     """A method of a tensor or a record, with autocast off: it would round matrix products."""
 
     @wraps(method)
-    def exact(codec: Codec, given: Given, *args: Rest.args, **kwargs: Rest.kwargs) -> Result:
+    def exact(codec: Codec, given: Given, /, *args: Rest.args, **kwargs: Rest.kwargs) -> Result:
         device = tensors_of(given)[0].device.type
         if not torch.is_autocast_enabled(device):
             return method(codec, given, *args, **kwargs)

@@ -1,0 +1,63 @@
+"""Decode attention over packed pages by the definition, in float64, one sequence and head a time.
+
+Shape suffixes: B sequences, H key/value heads, G queries of each, N pages, Y bytes of a page, T
+tokens, C coded channels of a key, V of a value.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stillhouse.kernels.paged_attention.pages import PageFormat, VectorFormat, read_vectors
+from stillhouse.kernels.turboquant import gaussian_codebook, packed_bytes, unpack
+
+
+def coded_vectors(packed_HTP: Tensor, scalars_HT: Tensor | None, format: VectorFormat) -> Tensor:
+    """float64 [H, T, C]: centroids times scalar / √C, or the fp8 numbers."""
+    if scalars_HT is None:
+        numbers: Tensor = packed_HTP.view(torch.float8_e4m3fn).double()
+        return numbers
+    parts, at = [], 0
+    for group in format.groups:
+        stop = at + packed_bytes(group.channels, group.bits)
+        index = unpack(packed_HTP[..., at:stop].contiguous(), group.bits, group.channels)
+        book = torch.tensor(gaussian_codebook(group.bits).centroids, dtype=torch.float64)
+        parts.append(book[index.long()])
+        at = stop
+    unit_HTC = torch.cat(parts, -1) / math.sqrt(format.channels)
+    return unit_HTC * scalars_HT.double()[..., None]
+
+
+def attend_packed_reference(
+    query_BHGC: Tensor,
+    pages_NHY: Tensor,
+    pages: PageFormat,
+    table_BW: Tensor,
+    ranges: Sequence[tuple[int, int]],
+    *,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """m, l and sums of values, as `cpu.attend_packed`, all float64."""
+    batch, heads, group, _ = query_BHGC.shape
+    m = torch.full((batch, heads, group), -1e30, dtype=torch.float64)
+    total = torch.zeros((batch, heads, group), dtype=torch.float64)
+    out = torch.zeros((batch, heads, group, pages.value.channels), dtype=torch.float64)
+    for b, (first, last) in enumerate(ranges):
+        if first >= last:
+            continue
+        at_T = torch.arange(first, last)
+        slots_T = table_BW[b, at_T // pages.tokens].long() * pages.tokens + at_T % pages.tokens
+        key_HTC = coded_vectors(*read_vectors(pages_NHY, pages, slots_T, values=False), pages.key)
+        value_HTV = coded_vectors(
+            *read_vectors(pages_NHY, pages, slots_T, values=True), pages.value
+        )
+        score_HGT = query_BHGC[b].double() @ key_HTC.mT
+        if softcap:
+            score_HGT = softcap * torch.tanh(score_HGT / softcap)
+        m[b] = score_HGT.amax(-1)
+        weight_HGT = (score_HGT - m[b][..., None]).exp()
+        total[b] = weight_HGT.sum(-1)
+        out[b] = weight_HGT @ value_HTV
+    return m, total, out

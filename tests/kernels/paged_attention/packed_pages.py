@@ -1,0 +1,50 @@
+"""Random pages, filled through the writer."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stillhouse.kernels.paged_attention import PageFormat, VectorFormat, write_vectors
+
+
+@dataclass(frozen=True)
+class Filled:
+    """Pages of sequences of these lengths, in shuffled order."""
+
+    pages: Tensor
+    table: Tensor
+    query: Tensor
+
+
+def vectors(
+    format: VectorFormat, heads: int, tokens: int, draw: torch.Generator
+) -> tuple[Tensor, Tensor | None]:
+    """Packed bytes of any indices, and scalars between 1/2 and 3/2 of a unit vector's."""
+    if format.is_fp8:
+        numbers = torch.randn((heads, tokens, format.channels), generator=draw)
+        return numbers.to(torch.float8_e4m3fn).view(torch.uint8), None
+    shape = (heads, tokens, format.packed)
+    packed = torch.randint(0, 256, shape, dtype=torch.uint8, generator=draw)
+    scalars = torch.rand((heads, tokens), generator=draw) + 0.5
+    return packed, (scalars * format.channels**0.5).half()
+
+
+def filled(format: PageFormat, lengths: list[int], heads: int, group: int, seed: int = 0) -> Filled:
+    """Queries make scores of a few units."""
+    draw = torch.Generator().manual_seed(seed)
+    counts = [-(-length // format.tokens) for length in lengths]
+    order = torch.randperm(sum(counts) + 1, generator=draw).int()
+    pages = format.empty(sum(counts) + 1, heads)
+    table = torch.zeros((len(lengths), max([*counts, 1])), dtype=torch.int32)
+    at = 0
+    for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        table[row, :count] = order[at : at + count]
+        at += count
+        token = torch.arange(length)
+        slots = table[row, token // format.tokens].long() * format.tokens + token % format.tokens
+        for values, kind in ((False, format.key), (True, format.value)):
+            write_vectors(pages, format, slots, *vectors(kind, heads, length, draw), values=values)
+    shape = (len(lengths), heads, group, format.key.channels)
+    query = torch.randn(shape, generator=draw) * 3 / format.key.channels**0.5
+    return Filled(pages, table, query)

@@ -1,0 +1,129 @@
+"""Compiled decode attention against the definition in float64, on the same packed bytes."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stillhouse.kernels.paged_attention import FP8, PageFormat, VectorFormat, cpu
+from stillhouse.kernels.paged_attention.cpu_ir import DecodeSpec, emit
+from stillhouse.kernels.paged_attention.reference import attend_packed_reference
+from stillhouse.kernels.turboquant import ChannelGroup
+from tests.kernels.paged_attention.packed_pages import Filled, filled
+
+MIXED_KEY = VectorFormat((ChannelGroup(16, 5), ChannelGroup(32, 3), ChannelGroup(8, 1)))
+MIXED_VALUE = VectorFormat((ChannelGroup(24, 4), ChannelGroup(40, 2)))
+CLOSE = 1e-5
+
+
+def pages_of(dim: int, key: int, value: int, tokens: int = 16) -> PageFormat:
+    return PageFormat(VectorFormat.uniform(dim, key), VectorFormat.uniform(dim, value), tokens)
+
+
+def assert_close(format: PageFormat, made: Filled, ranges: list[tuple[int, int]], **how) -> None:
+    threads = how.pop("threads", 1)
+    found = cpu.attend_packed(
+        made.query, made.pages, format, made.table, ranges, threads=threads, **how
+    )
+    expected = attend_packed_reference(made.query, made.pages, format, made.table, ranges, **how)
+    assert all(bool(part.isfinite().all()) for part in found)
+    torch.testing.assert_close(found[0].double(), expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1].double(), expected[1], rtol=1e-4, atol=0)
+    live = torch.tensor([last > first for first, last in ranges])
+    one, two = (part[2][live] / part[1][live][..., None] for part in (found, expected))
+    if one.numel():
+        assert float((one - two).norm() / two.norm()) < CLOSE
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, FP8])
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 192, 256])
+def test_every_width_and_head_size(dim: int, bits: int) -> None:
+    format = pages_of(dim, bits, 9 - bits if bits in (4, 5) else bits)
+    assert_close(format, filled(format, [37], heads=2, group=2), [(0, 37)])
+
+
+@pytest.mark.parametrize("group", [1, 3, 8, 12])
+def test_groups_of_queries(group: int) -> None:
+    format = pages_of(64, 4, 3, 32)
+    assert_close(format, filled(format, [50, 9], heads=2, group=group), [(0, 50), (0, 9)])
+
+
+def test_channel_groups_of_different_bits() -> None:
+    format = PageFormat(MIXED_KEY, MIXED_VALUE, 16)
+    assert_close(format, filled(format, [100], heads=2, group=3), [(0, 100)])
+
+
+@settings(max_examples=40)
+@given(
+    st.sampled_from([16, 32, 64, 128]),
+    st.sampled_from([(4, 4), (3, 2), (FP8, 4)]),
+    st.lists(st.tuples(st.integers(0, 150), st.integers(0, 150)), min_size=1, max_size=4),
+    st.sampled_from([0.0, 2.0]),
+    st.integers(0, 2**20),
+)
+def test_ragged_empty_and_cut_ranges(
+    tokens: int,
+    bits: tuple[int, int],
+    ends: list[tuple[int, int]],
+    softcap: float,
+    seed: int,
+) -> None:
+    """A range may begin anywhere, as a sliding window's does."""
+    format = pages_of(64, *bits, tokens)
+    ranges = [(min(pair), max(pair)) for pair in ends]
+    made = filled(format, [last for _, last in ranges], heads=2, group=2, seed=seed)
+    assert_close(format, made, ranges, softcap=softcap)
+
+
+def test_splits_and_threads() -> None:
+    format = pages_of(64, 4, 4, 128)
+    length = 2 * cpu.SPLIT_TOKENS + 77
+    made = filled(format, [length, 5], heads=2, group=2)
+    ranges = [(3, length), (0, 5)]
+    assert_close(format, made, ranges)
+    calls = [
+        cpu.attend_packed(made.query, made.pages, format, made.table, ranges, threads=threads)
+        for threads in (1, 3)
+    ]
+    for one, two in zip(*calls, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_the_order_of_pages_changes_nothing() -> None:
+    format = pages_of(64, 3, 3)
+    made = filled(format, [90], heads=1, group=2)
+    order = torch.randperm(made.pages.shape[0])
+    moved = torch.empty_like(made.pages)
+    moved[order] = made.pages
+    one = cpu.attend_packed(made.query, made.pages, format, made.table, [(0, 90)])
+    table = order[made.table.long()].int()
+    two = cpu.attend_packed(made.query, moved, format, table, [(0, 90)])
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_large_scores_do_not_overflow_and_the_greatest_comes_last() -> None:
+    format = pages_of(64, 4, 4)
+    made = filled(format, [64], heads=1, group=1)
+    strong = Filled(made.pages, made.table, made.query * 200)
+    assert_close(format, strong, [(0, 64)])
+
+
+def test_a_scalar_that_is_no_number_shows() -> None:
+    format = pages_of(64, 4, 4)
+    made = filled(format, [20], heads=1, group=1)
+    at = format.value_scalars + 2 * 3
+    made.pages[made.table[0, 0], 0, at : at + 2] = torch.tensor(
+        [math.nan], dtype=torch.float16
+    ).view(torch.uint8)
+    _, _, out = cpu.attend_packed(made.query, made.pages, format, made.table, [(0, 20)])
+    assert bool(out.isnan().all())
+
+
+@pytest.mark.parametrize("permute", ["avx2", ""])
+def test_code_for_other_processors_is_written(permute: str) -> None:
+    text = emit(DecodeSpec(pages_of(64, 4, 5), 2, True, permute))
+    assert ("llvm.x86.avx2.permps" in text) == (permute == "avx2")
+    assert "avx512" not in text
