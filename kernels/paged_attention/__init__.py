@@ -3,6 +3,7 @@
 from stillhouse.kernels.paged_attention.pages import (
     FP8,
     PAGE_TOKENS,
+    HalfPage,
     PageFormat,
     VectorFormat,
     read_vectors,
@@ -12,6 +13,7 @@ from stillhouse.kernels.paged_attention.pages import (
 __all__ = [
     "FP8",
     "PAGE_TOKENS",
+    "HalfPage",
     "PageFormat",
     "VectorFormat",
     "read_vectors",

@@ -26,7 +26,8 @@ _LN2 = 0.6931471805599453
 SPLIT_TOKENS = 2048  # a thread's work is one split: small enough to balance, large enough to pay
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURE = (
-    _POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _FLOAT, _POINTER, _POINTER,
+    _POINTER, _LONG, _POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _FLOAT, _POINTER,
+    _POINTER,
 )  # fmt: skip
 
 
@@ -72,7 +73,7 @@ def compiled(spec: DecodeSpec) -> Compiled:
 def _books(pages: PageFormat) -> Tensor:
     """float32 [groups, 32]: centroids of every group of keys, then of values, each repeated."""
     rows = []
-    for vectors in (pages.key, pages.value):
+    for vectors in (pages.key.format, pages.value.format):
         scale = vectors.channels**-0.5  # decoded vectors are centroids · scalar / √C
         for group in vectors.groups:
             row = torch.zeros(32)
@@ -90,7 +91,8 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 def attend_packed(
     query_BHGC: Tensor,
-    pages_NHY: Tensor,
+    keys_NHY: Tensor,
+    values_NHY: Tensor,
     pages: PageFormat,
     table_BW: Tensor,
     ranges: Sequence[tuple[int, int]],
@@ -100,8 +102,9 @@ def attend_packed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax sums over the packed tokens [first, last) of each sequence.
 
-    query_BHGC: float32, in the keys' coded basis, times the softmax scale. table_BW: int32, the
-    page of each `pages.tokens` tokens of a sequence. softcap: 0 for none. Returns float32 m
+    query_BHGC: float32, in the keys' coded basis, times the softmax scale. keys_NHY, values_NHY:
+    half pages, each contiguous in itself. table_BW: int32, the page of each `pages.tokens` tokens
+    of a sequence. softcap: 0 for none. Returns float32 m
     [B, H, G], the greatest score (-1e30 for an empty range), l = Σ exp(s - m), and Σ exp(s - m) ·
     value [B, H, G, V], V the values' coded channels: divide by l, or merge with other tokens' sums
     first. Threads do not change the result's bits.
@@ -110,20 +113,19 @@ def attend_packed(
     _, permute = _target()
     call = compiled(DecodeSpec(pages, group, bool(softcap), permute)).call
     query = (query_BHGC / _LN2).contiguous()
-    width = value_lanes(pages.value)[-1]
+    width = value_lanes(pages.value.format)[-1]
     splits = [_splits(*span) for span in ranges]
     most = max(map(len, splits), default=0)
     acc = torch.zeros((batch, heads, max(most, 1), group, width))
     ml = torch.empty((batch, heads, max(most, 1), group, 2))
     ml[..., 0], ml[..., 1] = -1e30, 0.0
     books, cap = _books(pages), softcap / _LN2
-    stride, head_stride = pages_NHY.stride(0), pages_NHY.stride(1)
+    halves = [(half.data_ptr(), half.stride(1), half.stride(0)) for half in (keys_NHY, values_NHY)]
 
     def work(item: tuple[int, int, int, int, int]) -> None:
         b, h, s, first, last = item
         call(
-            pages_NHY.data_ptr() + h * head_stride,
-            stride,
+            *(part for start, head, page in halves for part in (start + h * head, page)),
             table_BW.data_ptr() + b * table_BW.stride(0) * 4,
             first,
             last,
@@ -146,7 +148,7 @@ def attend_packed(
     else:
         for item in items:
             work(item)
-    return _merged(acc, ml, pages.value)
+    return _merged(acc, ml, pages.value.format)
 
 
 def _splits(first: int, last: int) -> list[tuple[int, int]]:

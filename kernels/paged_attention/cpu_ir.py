@@ -65,16 +65,18 @@ def value_lanes(format: VectorFormat) -> list[int]:
 def emit(spec: DecodeSpec) -> str:
     """The module's text. Its one function:
 
-    attend(pages, stride, table, first, last, q, books, softcap, acc, ml)
+    attend(keys, key_stride, values, value_stride, table, first, last, q, books, softcap, acc, ml)
 
-    pages: the head's bytes of page 0; stride: bytes to the next page. table: int32 page of each
-    `tokens` tokens. first, last: tokens [first, last). q: float32 [G, C], times what makes scores
-    exponents of 2. books: float32 [groups, 32] of keys, then of values. softcap: in those units.
-    acc: float32 [G, V], out: Σ 2^(s - m) · value. ml: float32 [G, 2], out: m and Σ 2^(s - m).
+    keys, values: the head's bytes of the half pages 0; strides: bytes to those of the next page.
+    table: int32 page of each `tokens` tokens. first, last: tokens [first, last). q: float32 [G, C],
+    times what makes scores exponents of 2. books: float32 [groups, 32] of keys, then of values.
+    softcap: in those units. acc: float32 [G, V], out: Σ 2^(s - m) · value. ml: float32 [G, 2],
+    out: m and Σ 2^(s - m).
     """
     module = ir.Module(NAME)
     floats = F32.as_pointer()
-    kinds = [BYTES, I64, I32.as_pointer(), I64, I64, floats, floats, F32, floats, floats]
+    bases = [BYTES, I64, BYTES, I64]
+    kinds = [*bases, I32.as_pointer(), I64, I64, floats, floats, F32, floats, floats]
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), kinds), NAME)
     # No pointer is `noalias`: LLVM would keep a broadcast of every query on the stack.
     _Emitter(spec, function).body()
@@ -87,14 +89,16 @@ class _Emitter:
     def __init__(self, spec: DecodeSpec, function: ir.Function) -> None:
         self.spec, self.function = spec, function
         self.b = ir.IRBuilder(function.append_basic_block("entry"))
-        (self.pages, self.stride, self.table, self.first, self.last, self.q, self.book_ptr,
-         self.softcap, self.acc, self.ml) = function.args  # fmt: skip
+        self.keys, self.key_stride, self.vals, self.value_stride, *rest = function.args
+        self.table, self.first, self.last, self.q, self.book_ptr, *rest = rest
+        self.softcap, self.acc, self.ml = rest
+        self.key, self.value = spec.pages.key, spec.pages.value
         self.lane_number = ir.Constant(VI, list(range(LANES)))
 
     def body(self) -> None:
         """Clear the accumulators, go over the blocks, write what is left."""
         b, group = self.b, self.spec.group
-        width = value_lanes(self.spec.pages.value)[-1]
+        width = value_lanes(self.value.format)[-1]
         for at in range(0, group * width, LANES):
             self.store(self.splat(0.0), self.acc, at)
         self.maxima = [self.variable(F32) for _ in range(group)]
@@ -115,33 +119,34 @@ class _Emitter:
 
     def block(self, token: Any) -> None:
         """16 tokens of one page."""
-        b, pages = self.b, self.spec.pages
-        tokens = ir.Constant(I64, pages.tokens)
+        b = self.b
+        tokens = ir.Constant(I64, self.spec.pages.tokens)
         page = b.sext(b.load(b.gep(self.table, [b.udiv(token, tokens)])), I64)
-        base = b.gep(self.pages, [b.mul(page, self.stride)])
+        keys = b.gep(self.keys, [b.mul(page, self.key_stride)])
+        values = b.gep(self.vals, [b.mul(page, self.value_stride)])
         slot = b.urem(token, tokens)
-        scores = self.scores(base, slot)
-        if not pages.key.is_fp8:
-            scale = self.halves(base, pages.key_scalars, slot)
+        scores = self.scores(keys, slot)
+        if not self.key.format.is_fp8:
+            scale = self.halves(keys, self.key.scalars, slot)
             scores = [b.fmul(score, scale) for score in scores]
         if self.spec.softcap:
             scores = [self.capped(score) for score in scores]
         live = self.live(token)
         lowest = self.splat(_LOWEST)
         scores = [b.select(live, score, lowest) for score in scores]
-        self.probabilities(scores, live, base, slot)
-        self.values(base, slot)
+        self.probabilities(scores, live, values, slot)
+        self.values(values, slot)
 
     # Scores
 
     def scores(self, base: Any, slot: Any) -> list[Any]:
         """q · centroids of each query, a lane a token."""
-        key = self.spec.pages.key
+        key = self.key.format
         chains = max(1, _CHAINS // self.spec.group)
         sums = [[self.splat(0.0) for _ in range(chains)] for _ in range(self.spec.group)]
         channel = 0
         for place, group in enumerate(key.groups):
-            planes = [p for p in self.spec.pages.key_planes if p.group == place]
+            planes = [p for p in self.key.planes if p.group == place]
             columns = [self.columns(plane, base, slot) for plane in planes]
             book = self.book(place, group.bits)
             for c in range(group.channels):
@@ -257,8 +262,8 @@ class _Emitter:
 
     def probabilities(self, scores: Sequence[Any], live: Any, base: Any, slot: Any) -> None:
         """New maxima and sums; the weights of the block's values, [G, 16]."""
-        b, pages = self.b, self.spec.pages
-        scale = None if pages.value.is_fp8 else self.halves(base, pages.value_scalars, slot)
+        b, half = self.b, self.value
+        scale = None if half.format.is_fp8 else self.halves(base, half.scalars, slot)
         # All maxima before the branch: LLVM would move later queries' products past it.
         highest = [self.reduce("fmax", score) for score in scores]
         risen = [
@@ -286,7 +291,7 @@ class _Emitter:
         factor = self.exp2(self.broadcast(b.fsub(old, new)))
         b.store(new, self.maxima[g])
         b.store(b.fmul(b.load(self.sums[g]), factor), self.sums[g])
-        width = value_lanes(self.spec.pages.value)[-1]
+        width = value_lanes(self.value.format)[-1]
         for at in range(g * width, (g + 1) * width, LANES):
             self.store(b.fmul(self.load_floats(self.acc, at), factor), self.acc, at)
 
@@ -306,10 +311,10 @@ class _Emitter:
 
     def values(self, base: Any, slot: Any) -> None:
         """Add the block's values, as many channels at a time as registers hold sums for."""
-        lanes = value_lanes(self.spec.pages.value)
+        lanes = value_lanes(self.value.format)
         chunks = [
             (place, c)
-            for place, group in enumerate(self.spec.pages.value.groups)
+            for place, group in enumerate(self.value.format.groups)
             for c in range(0, group.channels, LANES)
         ]
         step = max(1, _ACCUMULATORS // self.spec.group)
@@ -319,14 +324,14 @@ class _Emitter:
     def value_chunks(
         self, chunks: Sequence[tuple[int, int]], lanes: Sequence[int], base: Any, slot: Any
     ) -> None:
-        b, value, group = self.b, self.spec.pages.value, self.spec.group
+        b, value, group = self.b, self.value.format, self.spec.group
         width = lanes[-1]
         sums = [[self.variable(VF) for _ in range(group)] for _ in chunks]
         places = [[g * width + lanes[place] + c for g in range(group)] for place, c in chunks]
         for parts, at in zip(sums, places, strict=True):
             for part, offset in zip(parts, at, strict=True):
                 b.store(self.load_floats(self.acc, offset), part)
-        books = {place: self.book(len(self.spec.pages.key.groups) + place, value.groups[place].bits)
+        books = {place: self.book(len(self.key.format.groups) + place, value.groups[place].bits)
                  for place, _ in chunks}  # fmt: skip
         with self.loop(I64(0), I64(LANES), 1) as token:
             rows = {place: self.value_rows(place, base, b.add(slot, token)) for place, _ in chunks}
@@ -349,7 +354,7 @@ class _Emitter:
         b = self.b
         return [
             (plane, b.gep(base, [b.add(I64(plane.first), b.mul(slot, I64(plane.row_bytes)))]))
-            for plane in self.spec.pages.value_planes
+            for plane in self.value.planes
             if plane.group == place
         ]
 

@@ -1,11 +1,13 @@
-"""How packed keys and values lie in a page, the same for every kernel.
+"""How packed keys and values lie in pages, the same for every kernel.
 
-A page holds `tokens` tokens of one key/value head as a structure of arrays: the index planes of the
-keys, those of the values, then one row of the keys' float16 scalars and one of the values'. A plane
-of w bits of n channels is `tokens` rows of n·w/8 bytes (`turboquant.packing` says which bits are
-whose), so that a tile of tokens is contiguous.
+A half page holds `tokens` keys, or values, of one head as a structure of arrays: the index planes,
+then one row of float16 scalars. A plane of w bits of n channels is `tokens` rows of n·w/8 bytes
+(`turboquant.packing` says which bits are whose), so that a tile of tokens is contiguous. A page is
+the half page of the keys and that of the values, one behind the other; a cache may as well keep
+them apart.
 
-Shape suffixes: N pages, H key/value heads, Y bytes of a page, T tokens, P packed bytes of a vector.
+Shape suffixes: N pages, H key/value heads, Y bytes of a half page, T tokens, P packed bytes of a
+vector.
 """
 
 from collections.abc import Iterator
@@ -81,25 +83,12 @@ class VectorFormat:
         """Of a vector."""
         return 0 if self.is_fp8 else 2
 
-    def planes(self, tokens: int, first: int) -> Iterator[Plane]:
-        """Of a page, one after another from its byte `first` on."""
-        packed = 0
-        for place, group in enumerate(self.groups):
-            shift = 0
-            for width in _PLANES[group.bits]:
-                row = group.channels * width // 8
-                yield Plane(place, width, shift, row, first, packed)
-                shift += width
-                first += tokens * row
-                packed += row
-
 
 @dataclass(frozen=True)
-class PageFormat:
-    """Keys and values of one layer. tokens: of a page, 16, 32, 64 or 128, else ValueError."""
+class HalfPage:
+    """Keys or values of one layer. tokens: of a page, 16, 32, 64 or 128, else ValueError."""
 
-    key: VectorFormat
-    value: VectorFormat
+    format: VectorFormat
     tokens: int
 
     def __post_init__(self) -> None:
@@ -107,93 +96,110 @@ class PageFormat:
             raise ValueError(f"expected pages of {PAGE_TOKENS} tokens, found {self.tokens}")
 
     @cached_property
-    def key_planes(self) -> tuple[Plane, ...]:
+    def planes(self) -> tuple[Plane, ...]:
         """In the order of the packed bytes."""
-        return tuple(self.key.planes(self.tokens, 0))
+        return tuple(self._planes())
 
-    @cached_property
-    def value_planes(self) -> tuple[Plane, ...]:
-        """In the order of the packed bytes."""
-        return tuple(self.value.planes(self.tokens, self.tokens * self.key.packed))
+    def _planes(self) -> Iterator[Plane]:
+        first = packed = 0
+        for place, group in enumerate(self.format.groups):
+            shift = 0
+            for width in _PLANES[group.bits]:
+                row = group.channels * width // 8
+                yield Plane(place, width, shift, row, first, packed)
+                shift += width
+                first += self.tokens * row
+                packed += row
 
     @property
-    def key_scalars(self) -> int:
-        """The byte where the row of the keys' scalars begins."""
-        return self.tokens * (self.key.packed + self.value.packed)
-
-    @property
-    def value_scalars(self) -> int:
-        """The byte where the row of the values' scalars begins."""
-        return self.key_scalars + self.tokens * self.key.scalar_bytes
+    def scalars(self) -> int:
+        """The byte where the row of scalars begins."""
+        return self.tokens * self.format.packed
 
     @property
     def nbytes(self) -> int:
-        """Y: bytes of a page of one head."""
-        return self.value_scalars + self.tokens * self.value.scalar_bytes
+        """Y."""
+        return self.scalars + self.tokens * self.format.scalar_bytes
 
     def empty(self, pages: int, heads: int, device: torch.device | str = "cpu") -> Tensor:
         """uint8 [N, H, Y] of zeros."""
         return torch.zeros((pages, heads, self.nbytes), dtype=torch.uint8, device=device)
 
 
+@dataclass(frozen=True)
+class PageFormat:
+    """Keys and values of one layer; a page has as many tokens of each."""
+
+    key: HalfPage
+    value: HalfPage
+
+    @classmethod
+    def of(cls, key: VectorFormat, value: VectorFormat, tokens: int) -> "PageFormat":
+        """ValueError as `HalfPage`."""
+        return cls(HalfPage(key, tokens), HalfPage(value, tokens))
+
+    @property
+    def tokens(self) -> int:
+        """Of a page."""
+        return self.key.tokens
+
+    @property
+    def nbytes(self) -> int:
+        """Of a page of one head, both halves."""
+        return self.key.nbytes + self.value.nbytes
+
+
 def write_vectors(
     pages_NHY: Tensor,
-    format: PageFormat,
+    half: HalfPage,
     slots_T: Tensor,
     packed_HTP: Tensor,
     scalars_HT: Tensor | None,
-    *,
-    values: bool,
 ) -> None:
     """Put packed vectors of T tokens at their slots, page · tokens + place, in place.
 
-    packed_HTP: uint8, as the codecs pack. scalars_HT: float16; None for fp8. ValueError for shapes
-    that do not fit and slots out of range.
+    pages_NHY: of the half, with any strides. packed_HTP: uint8, as the codecs pack. scalars_HT:
+    float16; None for fp8. ValueError for shapes that do not fit and slots out of range.
     """
-    vectors = format.value if values else format.key
     heads, tokens, packed = packed_HTP.shape
-    expected = (pages_NHY.shape[1], slots_T.numel(), vectors.packed)
-    if (heads, tokens, packed) != expected or (scalars_HT is None) != vectors.is_fp8:
+    expected = (pages_NHY.shape[1], slots_T.numel(), half.format.packed)
+    if (heads, tokens, packed) != expected or (scalars_HT is None) != half.format.is_fp8:
         raise ValueError(
             f"expected packed bytes {list(expected)} and scalars where there are any, found "
             f"{list(packed_HTP.shape)} and {'none' if scalars_HT is None else 'some'}"
         )
-    limit = pages_NHY.shape[0] * format.tokens
+    limit = pages_NHY.shape[0] * half.tokens
     if tokens and not 0 <= int(slots_T.min()) <= int(slots_T.max()) < limit:
         raise ValueError(f"expected slots from 0 to {limit - 1}, found {slots_T.tolist()}")
-    page_T, place_T = slots_T // format.tokens, slots_T % format.tokens
-    for plane in format.value_planes if values else format.key_planes:
-        rows = plane_rows(pages_NHY, format, plane.first, plane.row_bytes)
+    page_T, place_T = slots_T // half.tokens, slots_T % half.tokens
+    for plane in half.planes:
+        rows = plane_rows(pages_NHY, half, plane.first, plane.row_bytes)
         row = packed_HTP[..., plane.packed : plane.packed + plane.row_bytes]
         rows[page_T, :, place_T] = row.transpose(0, 1)
     if scalars_HT is not None:
-        first = format.value_scalars if values else format.key_scalars
-        rows = plane_rows(pages_NHY, format, first, 2)
-        rows[page_T, :, place_T] = (
-            scalars_HT.contiguous().view(torch.uint8).view(heads, tokens, 2).transpose(0, 1)
-        )
+        rows = plane_rows(pages_NHY, half, half.scalars, 2)
+        bytes_HT2 = scalars_HT.contiguous().view(torch.uint8).view(heads, tokens, 2)
+        rows[page_T, :, place_T] = bytes_HT2.transpose(0, 1)
 
 
-def plane_rows(pages_NHY: Tensor, format: PageFormat, first: int, row_bytes: int) -> Tensor:
+def plane_rows(pages_NHY: Tensor, half: HalfPage, first: int, row_bytes: int) -> Tensor:
     """A view, uint8 [N, H, tokens, row_bytes], of an array of every page."""
-    part = pages_NHY[..., first : first + format.tokens * row_bytes]
-    rows: Tensor = part.unflatten(-1, (format.tokens, row_bytes))
+    part = pages_NHY[..., first : first + half.tokens * row_bytes]
+    rows: Tensor = part.unflatten(-1, (half.tokens, row_bytes))
     return rows
 
 
 def read_vectors(
-    pages_NHY: Tensor, format: PageFormat, slots_T: Tensor, *, values: bool
+    pages_NHY: Tensor, half: HalfPage, slots_T: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Packed bytes [H, T, P] and float16 scalars [H, T] at slots: the inverse of the writing."""
-    page_T, place_T = slots_T // format.tokens, slots_T % format.tokens
-    planes = format.value_planes if values else format.key_planes
+    page_T, place_T = slots_T // half.tokens, slots_T % half.tokens
     parts = [
-        plane_rows(pages_NHY, format, plane.first, plane.row_bytes)[page_T, :, place_T]
-        for plane in planes
+        plane_rows(pages_NHY, half, plane.first, plane.row_bytes)[page_T, :, place_T]
+        for plane in half.planes
     ]
     packed_HTP = torch.cat(parts, dim=-1).transpose(0, 1).contiguous()
-    if (format.value if values else format.key).is_fp8:
+    if half.format.is_fp8:
         return packed_HTP, None
-    first = format.value_scalars if values else format.key_scalars
-    bytes_TH2 = plane_rows(pages_NHY, format, first, 2)[page_T, :, place_T].contiguous()
+    bytes_TH2 = plane_rows(pages_NHY, half, half.scalars, 2)[page_T, :, place_T].contiguous()
     return packed_HTP, bytes_TH2.view(torch.float16)[..., 0].T.contiguous()

@@ -32,7 +32,8 @@ def coded_vectors(packed_HTP: Tensor, scalars_HT: Tensor | None, format: VectorF
 
 def attend_packed_reference(
     query_BHGC: Tensor,
-    pages_NHY: Tensor,
+    keys_NHY: Tensor,
+    values_NHY: Tensor,
     pages: PageFormat,
     table_BW: Tensor,
     ranges: Sequence[tuple[int, int]],
@@ -43,15 +44,15 @@ def attend_packed_reference(
     batch, heads, group, _ = query_BHGC.shape
     m = torch.full((batch, heads, group), -1e30, dtype=torch.float64)
     total = torch.zeros((batch, heads, group), dtype=torch.float64)
-    out = torch.zeros((batch, heads, group, pages.value.channels), dtype=torch.float64)
+    out = torch.zeros((batch, heads, group, pages.value.format.channels), dtype=torch.float64)
     for b, (first, last) in enumerate(ranges):
         if first >= last:
             continue
         at_T = torch.arange(first, last)
         slots_T = table_BW[b, at_T // pages.tokens].long() * pages.tokens + at_T % pages.tokens
-        key_HTC = coded_vectors(*read_vectors(pages_NHY, pages, slots_T, values=False), pages.key)
+        key_HTC = coded_vectors(*read_vectors(keys_NHY, pages.key, slots_T), pages.key.format)
         value_HTV = coded_vectors(
-            *read_vectors(pages_NHY, pages, slots_T, values=True), pages.value
+            *read_vectors(values_NHY, pages.value, slots_T), pages.value.format
         )
         score_HGT = query_BHGC[b].double() @ key_HTC.mT
         if softcap:

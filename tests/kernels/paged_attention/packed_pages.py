@@ -12,7 +12,8 @@ from stillhouse.kernels.paged_attention import PageFormat, VectorFormat, write_v
 class Filled:
     """Pages of sequences of these lengths, in shuffled order."""
 
-    pages: Tensor
+    keys: Tensor
+    values: Tensor
     table: Tensor
     query: Tensor
 
@@ -35,7 +36,7 @@ def filled(format: PageFormat, lengths: list[int], heads: int, group: int, seed:
     draw = torch.Generator().manual_seed(seed)
     counts = [-(-length // format.tokens) for length in lengths]
     order = torch.randperm(sum(counts) + 1, generator=draw).int()
-    pages = format.empty(sum(counts) + 1, heads)
+    halves = [half.empty(sum(counts) + 1, heads) for half in (format.key, format.value)]
     table = torch.zeros((len(lengths), max([*counts, 1])), dtype=torch.int32)
     at = 0
     for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
@@ -43,8 +44,8 @@ def filled(format: PageFormat, lengths: list[int], heads: int, group: int, seed:
         at += count
         token = torch.arange(length)
         slots = table[row, token // format.tokens].long() * format.tokens + token % format.tokens
-        for values, kind in ((False, format.key), (True, format.value)):
-            write_vectors(pages, format, slots, *vectors(kind, heads, length, draw), values=values)
-    shape = (len(lengths), heads, group, format.key.channels)
-    query = torch.randn(shape, generator=draw) * 3 / format.key.channels**0.5
-    return Filled(pages, table, query)
+        for pages, half in zip(halves, (format.key, format.value), strict=True):
+            write_vectors(pages, half, slots, *vectors(half.format, heads, length, draw))
+    shape = (len(lengths), heads, group, format.key.format.channels)
+    query = torch.randn(shape, generator=draw) * 3 / format.key.format.channels**0.5
+    return Filled(*halves, table, query)

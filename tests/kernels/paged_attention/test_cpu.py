@@ -19,15 +19,17 @@ CLOSE = 1e-5
 
 
 def pages_of(dim: int, key: int, value: int, tokens: int = 16) -> PageFormat:
-    return PageFormat(VectorFormat.uniform(dim, key), VectorFormat.uniform(dim, value), tokens)
+    return PageFormat.of(VectorFormat.uniform(dim, key), VectorFormat.uniform(dim, value), tokens)
 
 
 def assert_close(format: PageFormat, made: Filled, ranges: list[tuple[int, int]], **how) -> None:
     threads = how.pop("threads", 1)
     found = cpu.attend_packed(
-        made.query, made.pages, format, made.table, ranges, threads=threads, **how
+        made.query, made.keys, made.values, format, made.table, ranges, threads=threads, **how
     )
-    expected = attend_packed_reference(made.query, made.pages, format, made.table, ranges, **how)
+    expected = attend_packed_reference(
+        made.query, made.keys, made.values, format, made.table, ranges, **how
+    )
     assert all(bool(part.isfinite().all()) for part in found)
     torch.testing.assert_close(found[0].double(), expected[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found[1].double(), expected[1], rtol=1e-4, atol=0)
@@ -51,7 +53,7 @@ def test_groups_of_queries(group: int) -> None:
 
 
 def test_channel_groups_of_different_bits() -> None:
-    format = PageFormat(MIXED_KEY, MIXED_VALUE, 16)
+    format = PageFormat.of(MIXED_KEY, MIXED_VALUE, 16)
     assert_close(format, filled(format, [100], heads=2, group=3), [(0, 100)])
 
 
@@ -84,7 +86,9 @@ def test_splits_and_threads() -> None:
     ranges = [(3, length), (0, 5)]
     assert_close(format, made, ranges)
     calls = [
-        cpu.attend_packed(made.query, made.pages, format, made.table, ranges, threads=threads)
+        cpu.attend_packed(
+            made.query, made.keys, made.values, format, made.table, ranges, threads=threads
+        )
         for threads in (1, 3)
     ]
     for one, two in zip(*calls, strict=True):
@@ -94,12 +98,12 @@ def test_splits_and_threads() -> None:
 def test_the_order_of_pages_changes_nothing() -> None:
     format = pages_of(64, 3, 3)
     made = filled(format, [90], heads=1, group=2)
-    order = torch.randperm(made.pages.shape[0])
-    moved = torch.empty_like(made.pages)
-    moved[order] = made.pages
-    one = cpu.attend_packed(made.query, made.pages, format, made.table, [(0, 90)])
+    order = torch.randperm(made.keys.shape[0])
+    keys, values = torch.empty_like(made.keys), torch.empty_like(made.values)
+    keys[order], values[order] = made.keys, made.values
+    one = cpu.attend_packed(made.query, made.keys, made.values, format, made.table, [(0, 90)])
     table = order[made.table.long()].int()
-    two = cpu.attend_packed(made.query, moved, format, table, [(0, 90)])
+    two = cpu.attend_packed(made.query, keys, values, format, table, [(0, 90)])
     for a, b in zip(one, two, strict=True):
         assert torch.equal(a, b)
 
@@ -107,18 +111,18 @@ def test_the_order_of_pages_changes_nothing() -> None:
 def test_large_scores_do_not_overflow_and_the_greatest_comes_last() -> None:
     format = pages_of(64, 4, 4)
     made = filled(format, [64], heads=1, group=1)
-    strong = Filled(made.pages, made.table, made.query * 200)
+    strong = Filled(made.keys, made.values, made.table, made.query * 200)
     assert_close(format, strong, [(0, 64)])
 
 
 def test_a_scalar_that_is_no_number_shows() -> None:
     format = pages_of(64, 4, 4)
     made = filled(format, [20], heads=1, group=1)
-    at = format.value_scalars + 2 * 3
-    made.pages[made.table[0, 0], 0, at : at + 2] = torch.tensor(
+    at = format.value.scalars + 2 * 3
+    made.values[made.table[0, 0], 0, at : at + 2] = torch.tensor(
         [math.nan], dtype=torch.float16
     ).view(torch.uint8)
-    _, _, out = cpu.attend_packed(made.query, made.pages, format, made.table, [(0, 20)])
+    _, _, out = cpu.attend_packed(made.query, made.keys, made.values, format, made.table, [(0, 20)])
     assert bool(out.isnan().all())
 
 
