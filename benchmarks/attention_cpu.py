@@ -173,7 +173,8 @@ def packed_call(query: Tensor, pages: PageFormat, context: int, threads: int) ->
     table = torch.randperm(count).int()[None]
     halves = [random_half(count, query.shape[1], half) for half in (pages.key, pages.value)]
     span = [(0, context)]
-    return lambda: cpu.attend_packed(query, *halves, pages, table, span, threads=threads)
+    attend = cpu.decoder(pages, query.shape[2]).attend
+    return lambda: attend(query, *halves, table, span, threads)
 
 
 def copies(size: int) -> range:

@@ -8,7 +8,7 @@ splits, C coded channels of a key, V padded channels of a value.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.kernels.paged_attention.cpu_ir import NAME, DecodeSpec, emit, value_lanes
-from stillhouse.kernels.paged_attention.pages import PageFormat, VectorFormat
+from stillhouse.kernels.paged_attention.pages import PageFormat
 from stillhouse.kernels.turboquant import gaussian_codebook
 
 _LN2 = 0.6931471805599453
@@ -69,7 +69,6 @@ def compiled(spec: DecodeSpec) -> Compiled:
     return Compiled(call, engine, text)
 
 
-@cache
 def _books(pages: PageFormat) -> Tensor:
     """float32 [groups, 32]: centroids of every group of keys, then of values, each repeated."""
     rows = []
@@ -89,83 +88,155 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
 
 
-def attend_packed(
-    query_BHGC: Tensor,
-    keys_NHY: Tensor,
-    values_NHY: Tensor,
-    pages: PageFormat,
-    table_BW: Tensor,
-    ranges: Sequence[tuple[int, int]],
-    *,
-    softcap: float = 0.0,
-    threads: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax sums over the packed tokens [first, last) of each sequence.
+class PackedDecoder:
+    """Attends over pages of one format with groups of one size; make it once (`decoder`).
 
-    query_BHGC: float32, in the keys' coded basis, times the softmax scale. keys_NHY, values_NHY:
-    half pages, each contiguous in itself. table_BW: int32, the page of each `pages.tokens` tokens
-    of a sequence. softcap: 0 for none. Returns float32 m
-    [B, H, G], the greatest score (-1e30 for an empty range), l = Σ exp(s - m), and Σ exp(s - m) ·
-    value [B, H, G, V], V the values' coded channels: divide by l, or merge with other tokens' sums
-    first. Threads do not change the result's bits.
+    pages: both halves. group: G. softcap: of scores, 0 for none.
     """
-    batch, heads, group, _ = query_BHGC.shape
-    _, permute = _target()
-    call = compiled(DecodeSpec(pages, group, bool(softcap), permute)).call
-    query = (query_BHGC / _LN2).contiguous()
-    width = value_lanes(pages.value.format)[-1]
-    splits = [_splits(*span) for span in ranges]
-    most = max(map(len, splits), default=0)
-    acc = torch.zeros((batch, heads, max(most, 1), group, width))
-    ml = torch.empty((batch, heads, max(most, 1), group, 2))
-    ml[..., 0], ml[..., 1] = -1e30, 0.0
-    books, cap = _books(pages), softcap / _LN2
-    halves = [(half.data_ptr(), half.stride(1), half.stride(0)) for half in (keys_NHY, values_NHY)]
 
-    def work(item: tuple[int, int, int, int, int]) -> None:
-        b, h, s, first, last = item
-        call(
-            *(part for start, head, page in halves for part in (start + h * head, page)),
-            table_BW.data_ptr() + b * table_BW.stride(0) * 4,
-            first,
-            last,
-            query.data_ptr() + (b * heads + h) * query.stride(1) * 4,
-            books.data_ptr(),
-            cap,
-            acc.data_ptr() + ((b * heads + h) * max(most, 1) + s) * group * width * 4,
-            ml.data_ptr() + ((b * heads + h) * max(most, 1) + s) * group * 2 * 4,
-        )
+    def __init__(self, pages: PageFormat, group: int, softcap: float = 0.0) -> None:
+        self.pages, self.group, self._cap = pages, group, softcap / _LN2
+        _, permute = _target()
+        # The code stays in memory as long as its engine does.
+        self._code = compiled(DecodeSpec(pages, group, bool(softcap), permute))
+        self._books = _books(pages)
+        starts = value_lanes(pages.value.format)
+        self._width = starts[-1]
+        groups = zip(starts, pages.value.format.groups, strict=False)
+        self._channels = [slice(at, at + part.channels) for at, part in groups]
 
-    items = [
-        (b, h, s, first, last)
-        for b, spans in enumerate(splits)
-        for h in range(heads)
-        for s, (first, last) in enumerate(spans)
-    ]
-    threads = threads or torch.get_num_threads()
-    if threads > 1 and len(items) > 1:
-        list(_pool(threads).map(work, items))
-    else:
-        for item in items:
-            work(item)
-    return _merged(acc, ml, pages.value.format)
+    def attend(
+        self,
+        query_BHGC: Tensor,
+        keys_NHY: Tensor,
+        values_NHY: Tensor,
+        table_BW: Tensor,
+        ranges: Sequence[tuple[int, int]],
+        threads: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Softmax sums over the packed tokens [first, last) of each sequence.
+
+        query_BHGC: float32, in the keys' coded basis, times the softmax scale. keys_NHY,
+        values_NHY: half pages, each contiguous in itself. table_BW: int32, the page of each
+        `pages.tokens` tokens of a sequence. threads: torch's number by default; the result's bits
+        do not depend on it.
+
+        Returns float32 m [B, H, G], the greatest score (-1e30 for an empty range), l = Σ exp(s - m)
+        [B, H, G] and Σ exp(s - m) · value [B, H, G, V], V the values' coded channels: divide by l,
+        or merge with other tokens' sums first. ValueError for shapes, dtypes, pages and ranges that
+        do not fit.
+        """
+        self._require(query_BHGC, keys_NHY, values_NHY, table_BW, ranges)
+        batch, heads, group, _ = query_BHGC.shape
+        splits = [_splits(*span) for span in ranges]
+        most = max(1, *map(len, splits))
+        acc = torch.empty((batch, heads, most, group, self._width))
+        ml = torch.empty((batch, heads, most, group, 2))
+        if any(len(spans) < most for spans in splits):
+            acc.zero_()
+            ml[..., 0], ml[..., 1] = -1e30, 0.0
+        query = (query_BHGC * (1 / _LN2)).contiguous()
+        work = self._work(query, keys_NHY, values_NHY, table_BW, acc, ml)
+        items = [
+            (b, h, s, *span)
+            for b, spans in enumerate(splits)
+            for h in range(heads)
+            for s, span in enumerate(spans)
+        ]
+        threads = threads or torch.get_num_threads()
+        if threads > 1 and len(items) > 1:
+            list(_pool(threads).map(work, items))
+        else:
+            for item in items:
+                work(item)
+        return self._merged(acc, ml)
+
+    def _work(
+        self, query: Tensor, keys: Tensor, values: Tensor, table: Tensor, acc: Tensor, ml: Tensor
+    ) -> Callable[[tuple[int, int, int, int, int]], None]:
+        """Attends for a sequence, head and split, over tokens [first, last)."""
+        call, books, cap = self._code.call, self._books.data_ptr(), self._cap
+        key_at, key_head, key_page = keys.data_ptr(), keys.stride(1), keys.stride(0)
+        value_at, value_head, value_page = values.data_ptr(), values.stride(1), values.stride(0)
+        table_at, table_row = table.data_ptr(), 4 * table.stride(0)
+        query_at, query_row, query_head = query.data_ptr(), *(4 * n for n in query.stride()[:2])
+        acc_at, ml_at = acc.data_ptr(), ml.data_ptr()
+        acc_strides, ml_strides = ([4 * n for n in out.stride()[:3]] for out in (acc, ml))
+
+        def work(item: tuple[int, int, int, int, int]) -> None:
+            b, h, s, first, last = item
+            call(
+                key_at + h * key_head,
+                key_page,
+                value_at + h * value_head,
+                value_page,
+                table_at + b * table_row,
+                first,
+                last,
+                query_at + b * query_row + h * query_head,
+                books,
+                cap,
+                acc_at + b * acc_strides[0] + h * acc_strides[1] + s * acc_strides[2],
+                ml_at + b * ml_strides[0] + h * ml_strides[1] + s * ml_strides[2],
+            )
+
+        return work
+
+    def _merged(self, acc: Tensor, ml: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Over splits; m in exponents of e; without the lanes that pad channel groups."""
+        m, total = ml.unbind(-1)
+        top = m[:, :, 0]
+        if m.shape[2] == 1:
+            total, out = total[:, :, 0], acc[:, :, 0]
+        else:
+            top = m.amax(2)
+            weight = torch.exp2(m - top[:, :, None])
+            total, out = (total * weight).sum(2), (acc * weight[..., None]).sum(2)
+        if self._channels != [slice(0, self._width)]:
+            out = torch.cat([out[..., part] for part in self._channels], dim=-1)
+        return (top * _LN2).clamp_min(-1e30 * _LN2), total, out
+
+    def _require(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        table: Tensor,
+        ranges: Sequence[tuple[int, int]],
+    ) -> None:
+        pages, (batch, heads, *_) = self.pages, query.shape
+        wanted = (batch, heads, self.group, pages.key.format.channels)
+        if query.dtype != torch.float32 or query.shape != wanted:
+            raise ValueError(
+                f"expected float32 queries {list(wanted)}, found {query.dtype} {list(query.shape)}"
+            )
+        for name, half, tensor in (("keys", pages.key, keys), ("values", pages.value, values)):
+            shape = (tensor.shape[0], heads, half.nbytes)
+            if tensor.dtype != torch.uint8 or tensor.shape != shape or tensor.stride(-1) != 1:
+                raise ValueError(
+                    f"expected half pages of {name}, uint8 {list(shape)}, each contiguous, found "
+                    f"{tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}"
+                )
+        limit = table.shape[-1] * pages.tokens
+        fits = all(first >= 0 and last <= limit for first, last in ranges)
+        if table.dtype != torch.int32 or table.stride(-1) != 1 or len(ranges) != batch or not fits:
+            raise ValueError(
+                f"expected an int32 table of {batch} rows and ranges within the {limit} tokens of "
+                f"its pages, found {table.dtype} {list(table.shape)} and {list(ranges)}"
+            )
+        count = min(keys.shape[0], values.shape[0])
+        least, most = (int(end) for end in table.aminmax()) if table.numel() else (0, -1)
+        if least < 0 or most >= count:
+            raise ValueError(f"expected pages from 0 to {count - 1}, found {least} to {most}")
+
+
+@cache
+def decoder(pages: PageFormat, group: int, softcap: float = 0.0) -> PackedDecoder:
+    """One for each format; compiles at the first call."""
+    return PackedDecoder(pages, group, softcap)
 
 
 def _splits(first: int, last: int) -> list[tuple[int, int]]:
     """The same for any number of threads."""
     starts = range(first - first % SPLIT_TOKENS, last, SPLIT_TOKENS)
     return [(max(start, first), min(start + SPLIT_TOKENS, last)) for start in starts]
-
-
-def _merged(acc: Tensor, ml: Tensor, value: VectorFormat) -> tuple[Tensor, Tensor, Tensor]:
-    """Over splits; m in exponents of e; without the lanes that pad channel groups."""
-    m, total = ml[..., 0], ml[..., 1]
-    top = m.amax(2, keepdim=True)
-    weight = torch.exp2(m - top)
-    total = (total * weight).sum(2)
-    out = (acc * weight[..., None]).sum(2)
-    starts = value_lanes(value)[:-1]
-    pairs = zip(starts, value.groups, strict=True)
-    out = torch.cat([out[..., at : at + group.channels] for at, group in pairs], dim=-1)
-    top = top.squeeze(2)
-    return torch.where(total > 0, top * _LN2, top), total, out

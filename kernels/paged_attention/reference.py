@@ -40,9 +40,10 @@ def attend_packed_reference(
     *,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """m, l and sums of values, as `cpu.attend_packed`, all float64."""
+    """m, l and sums of values, as `cpu.PackedDecoder.attend`, all float64."""
     batch, heads, group, _ = query_BHGC.shape
-    m = torch.full((batch, heads, group), -1e30, dtype=torch.float64)
+    lowest = -1e30 * math.log(2)
+    m = torch.full((batch, heads, group), lowest, dtype=torch.float64)
     total = torch.zeros((batch, heads, group), dtype=torch.float64)
     out = torch.zeros((batch, heads, group, pages.value.format.channels), dtype=torch.float64)
     for b, (first, last) in enumerate(ranges):

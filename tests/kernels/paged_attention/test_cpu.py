@@ -1,5 +1,6 @@
 """Compiled decode attention against the definition in float64, on the same packed bytes."""
 
+import dataclasses
 import math
 
 import pytest
@@ -22,13 +23,18 @@ def pages_of(dim: int, key: int, value: int, tokens: int = 16) -> PageFormat:
     return PageFormat.of(VectorFormat.uniform(dim, key), VectorFormat.uniform(dim, value), tokens)
 
 
-def assert_close(format: PageFormat, made: Filled, ranges: list[tuple[int, int]], **how) -> None:
+def attend(format: PageFormat, made: Filled, ranges: list[tuple[int, int]], **how):
     threads = how.pop("threads", 1)
-    found = cpu.attend_packed(
-        made.query, made.keys, made.values, format, made.table, ranges, threads=threads, **how
-    )
+    found = cpu.decoder(format, made.query.shape[2], **how)
+    return found.attend(made.query, made.keys, made.values, made.table, ranges, threads)
+
+
+def assert_close(
+    format: PageFormat, made: Filled, ranges: list[tuple[int, int]], softcap: float = 0.0
+) -> None:
+    found = attend(format, made, ranges, softcap=softcap)
     expected = attend_packed_reference(
-        made.query, made.keys, made.values, format, made.table, ranges, **how
+        made.query, made.keys, made.values, format, made.table, ranges, softcap=softcap
     )
     assert all(bool(part.isfinite().all()) for part in found)
     torch.testing.assert_close(found[0].double(), expected[0], rtol=1e-5, atol=1e-5)
@@ -85,12 +91,7 @@ def test_splits_and_threads() -> None:
     made = filled(format, [length, 5], heads=2, group=2)
     ranges = [(3, length), (0, 5)]
     assert_close(format, made, ranges)
-    calls = [
-        cpu.attend_packed(
-            made.query, made.keys, made.values, format, made.table, ranges, threads=threads
-        )
-        for threads in (1, 3)
-    ]
+    calls = [attend(format, made, ranges, threads=threads) for threads in (1, 3)]
     for one, two in zip(*calls, strict=True):
         assert torch.equal(one, two)
 
@@ -101,9 +102,9 @@ def test_the_order_of_pages_changes_nothing() -> None:
     order = torch.randperm(made.keys.shape[0])
     keys, values = torch.empty_like(made.keys), torch.empty_like(made.values)
     keys[order], values[order] = made.keys, made.values
-    one = cpu.attend_packed(made.query, made.keys, made.values, format, made.table, [(0, 90)])
+    one = attend(format, made, [(0, 90)])
     table = order[made.table.long()].int()
-    two = cpu.attend_packed(made.query, keys, values, format, table, [(0, 90)])
+    two = attend(format, Filled(keys, values, table, made.query), [(0, 90)])
     for a, b in zip(one, two, strict=True):
         assert torch.equal(a, b)
 
@@ -122,7 +123,7 @@ def test_a_scalar_that_is_no_number_shows() -> None:
     made.values[made.table[0, 0], 0, at : at + 2] = torch.tensor(
         [math.nan], dtype=torch.float16
     ).view(torch.uint8)
-    _, _, out = cpu.attend_packed(made.query, made.keys, made.values, format, made.table, [(0, 20)])
+    _, _, out = attend(format, made, [(0, 20)])
     assert bool(out.isnan().all())
 
 
@@ -131,3 +132,28 @@ def test_code_for_other_processors_is_written(permute: str) -> None:
     text = emit(DecodeSpec(pages_of(64, 4, 5), 2, True, permute))
     assert ("llvm.x86.avx2.permps" in text) == (permute == "avx2")
     assert "avx512" not in text
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    format = pages_of(64, 4, 4)
+    made = filled(format, [20], heads=2, group=3)
+    span = [(0, 20)]
+
+    def changed(**parts: torch.Tensor) -> Filled:
+        return dataclasses.replace(made, **parts)
+
+    for wrong, ranges, words in (
+        (changed(query=made.query.double()), span, r"float32 queries \[1, 2, 3, 64\], found"),
+        (changed(query=made.query[..., 1:]), span, "float32 queries"),
+        (changed(keys=made.keys[..., 1:]), span, "half pages of keys, uint8"),
+        (changed(values=made.values[:, :1]), span, "half pages of values, uint8"),
+        (changed(table=made.table.long()), span, "expected an int32 table of 1 rows"),
+        (made, [(0, 33)], "ranges within the 32 tokens"),
+        (made, [(0, 5), (0, 5)], "table of 1 rows"),
+        (changed(table=made.table + 2), span, "expected pages from 0 to 2, found"),
+        (changed(table=made.table - 3), span, "expected pages from 0 to 2, found"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            cpu.decoder(format, 3).attend(
+                wrong.query, wrong.keys, wrong.values, wrong.table, ranges
+            )
