@@ -25,7 +25,7 @@ from stillhouse.workers.cache import (
     ObliviousScheme,
     TurboQuantCache,
 )
-from stillhouse.workers.models.language_model import LanguageModel, decoder_and_head
+from stillhouse.workers.models.language_model import Head, LanguageModel, decoder_and_head
 from stillhouse.workers.projection import core, hidden_states
 from stillhouse.workers.protocols import CacheBytes, CacheMeasure, Failed
 
@@ -164,12 +164,12 @@ def bytes_in_16_bits(cache: DynamicCache) -> int:
 def _compare(
     lm: LanguageModel, full_TD: Tensor, packed_TD: Tensor, target_T: Tensor
 ) -> CacheMeasure:
-    _, head_VD, softcap = decoder_and_head(core(lm))
+    _, head = decoder_and_head(core(lm))
     kl, sums = [], [0.0, 0.0]
     for start in range(0, len(target_T), CHUNK):
         rows = slice(start, start + CHUNK)
-        p_CV = log_probabilities(full_TD[rows], head_VD, softcap)
-        q_CV = log_probabilities(packed_TD[rows], head_VD, softcap)
+        p_CV = log_probabilities(full_TD[rows], head)
+        q_CV = log_probabilities(packed_TD[rows], head)
         kl.append(kl_divergence(p_CV, q_CV))
         for which, logp_CV in enumerate((p_CV, q_CV)):
             sums[which] += logp_CV.gather(1, target_T[rows, None]).sum().item()
@@ -177,14 +177,9 @@ def _compare(
     return CacheMeasure(len(target_T), kl_T.mean().item(), kl_T.max().item(), sums[0], sums[1])
 
 
-def log_probabilities(
-    hidden_CD: Tensor, head_VD: Tensor, softcap: float | None, dtype: torch.dtype = torch.float64
-) -> Tensor:
+def log_probabilities(hidden_CD: Tensor, head: Head, dtype: torch.dtype = torch.float64) -> Tensor:
     """Log-probabilities `[C, V]` in `dtype`; the product with the head stays in its own dtype."""
-    logits_CV = (hidden_CD @ head_VD.T).to(dtype)
-    if softcap is not None:
-        logits_CV = softcap * torch.tanh(logits_CV / softcap)
-    return logits_CV.log_softmax(-1)
+    return head.logits(hidden_CD, dtype).log_softmax(-1)
 
 
 def kl_divergence(log_p_CV: Tensor, log_q_CV: Tensor) -> Tensor:

@@ -153,20 +153,19 @@ def _observe(lm: LanguageModel, row: Sequence[int], generator: torch.Generator) 
 @torch.no_grad()
 def _sampled_score(lm: LanguageModel, hidden_TM: Tensor, generator: torch.Generator) -> Tensor:
     """∂ log p(y | hidden) / ∂ hidden with y ~ p drawn for each position, [T, M]."""
-    _, head_VM, softcap = decoder_and_head(core(lm))
+    _, head = decoder_and_head(core(lm))
     scores = []
     for hidden_CM in hidden_TM.split(_CHUNK):
-        logit_CV = (hidden_CM @ head_VM.T).float()
+        logit_CV = head.logits(hidden_CM, torch.float32)
         slope: Tensor | float = 1.0
-        if softcap is not None:
-            logit_CV = softcap * torch.tanh(logit_CV / softcap)
-            slope = 1 - (logit_CV / softcap).square()
+        if head.softcap is not None:
+            slope = 1 - (logit_CV / head.softcap).square()
         p_CV = logit_CV.softmax(-1)
         drawn_C1 = torch.multinomial(p_CV, 1, generator=generator)
         error_CV = p_CV.neg_().scatter_add_(
             1, drawn_C1, torch.ones_like(drawn_C1, dtype=p_CV.dtype)
         )
-        scores.append((error_CV * slope).to(head_VM.dtype) @ head_VM)
+        scores.append((error_CV * slope).to(head.weight_VD.dtype) @ head.weight_VD)
     return torch.cat(scores)
 
 

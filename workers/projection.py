@@ -35,7 +35,7 @@ def core(lm: LanguageModel) -> PreTrainedModel:
 
 def hidden_states(lm: LanguageModel, batch: PaddedBatch, cache: Cache | None = None) -> Tensor:
     """Hidden states `[B, T, D]` after the last norm; attention reads what `cache` returns."""
-    decoder, _, _ = decoder_and_head(core(lm))
+    decoder, _ = decoder_and_head(core(lm))
     hidden_BTD: Tensor = decoder(
         input_ids=batch.ids,
         attention_mask=batch.mask,
@@ -70,5 +70,7 @@ def target_logps(
         targets.extend(row.ids[first:])
     hidden_ND = hidden_BTD.flatten(0, 1)[torch.tensor(at, device=device)]
     target_N = torch.tensor(targets, dtype=torch.long, device=device)
-    _, head_VD, softcap = decoder_and_head(core(lm))
-    return token_logprob(hidden_ND, head_VD, target_N, softcap=softcap)
+    _, head = decoder_and_head(core(lm))
+    return token_logprob(
+        hidden_ND, head.weight_VD, target_N, bias_V=head.bias_V, softcap=head.softcap
+    )

@@ -8,10 +8,17 @@ from torch import Tensor
 
 
 def token_logprob_reference(
-    hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor, *, softcap: float | None = None
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
-    """float64 [T]: log softmax(hidden @ weight^T)[target], logits bounded by softcap·tanh(·)."""
+    """float64 [T]: log softmax(hidden @ weight^T + bias)[target], bounded by softcap·tanh(·)."""
     logits_TV = hidden_TD.double() @ weight_VD.double().T
+    if bias_V is not None:
+        logits_TV = logits_TV + bias_V.double()
     if softcap is not None:
         logits_TV = softcap * torch.tanh(logits_TV / softcap)
     logprob_TV = torch.log_softmax(logits_TV, dim=-1)

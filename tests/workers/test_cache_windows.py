@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillhouse.kernels.turboquant import MseCodec, NotFiniteError
@@ -21,10 +21,9 @@ def scheme(sinks: int, recent: int, bits: int = 2) -> ObliviousScheme:
 def expected(x: torch.Tensor, sinks: int, recent: int, padding: list[int]) -> torch.Tensor:
     """Slot by slot, sequence by sequence: float16 at both ends, two bits between them."""
     codec = MseCodec(HEAD_DIM, 2, "unbiased")
-    # A token that was in the recent window is coded from its 16 bits.
-    coded = codec.decode(codec.encode(x))
     exact = x.half().float()
-    out = coded.clone()
+    # A token that was in the recent window is coded from its 16 bits, so all of them are.
+    out = codec.decode(codec.encode(exact if recent else x))
     for row, pads in enumerate(padding):
         out[row, :, pads : pads + sinks] = exact[row, :, pads : pads + sinks]
     if recent:
@@ -43,7 +42,7 @@ def test_both_ends_are_exact_in_any_pieces(
 ) -> None:
     total = sum(pieces)
     cache = TurboQuantCache(llama().config, scheme(sinks, recent), padding)
-    keys, values = random_kv(len(padding), total).half().float()
+    keys, values = random_kv(len(padding), total)
     start = 0
     for piece in pieces:
         part = slice(start, start + piece)
@@ -100,6 +99,55 @@ def test_crop_leaves_the_longest_prefix(removed: int) -> None:
     wanted = expected(torch.cat((keys[:, :, :kept], again), dim=2), 4, 5, [0, 2])
     torch.testing.assert_close(found[0], wanted[0])
     torch.testing.assert_close(found[1, :, 2:], wanted[1, :, 2:])
+
+
+@settings(max_examples=40)
+@given(
+    sinks=st.integers(0, 3),
+    recent=st.integers(0, 12),
+    layer=st.sampled_from([FULL_LAYER, SLIDING_LAYER]),
+    padding=st.lists(st.integers(0, 5), min_size=1, max_size=2),
+    steps=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=5),
+)
+def test_rejected_drafts_leave_no_trace(
+    sinks: int, recent: int, layer: int, padding: list[int], steps: list[tuple[int, int]]
+) -> None:
+    """Steps of one token, accepted and rejected drafts, as assisted generation makes them."""
+    batch, prompt = len(padding), 6
+    keys, values = random_kv(batch, prompt + sum(1 + accepted for accepted, _ in steps) + 1)
+    wrong = random_kv(batch, 4, seed=1)
+    config, coding = gemma().config, scheme(sinks, recent)
+    assisted, plain = (TurboQuantCache(config, coding, padding) for _ in range(2))
+    assisted.activate_past_recording()
+    start = 0
+    for first, (accepted, rejected) in enumerate([(prompt - 1, 2), *steps, (0, 0)]):
+        stop = start + 1 + accepted
+        drafts = [
+            torch.cat((x[:, :, start:stop], w[:, :, :rejected]), dim=2)
+            for x, w in zip((keys, values), wrong, strict=True)
+        ]
+        read = assisted.update(drafts[0], drafts[1], layer)
+        assisted.layers[layer].crop(-rejected)
+        for slot in range(start, stop):
+            one = slice(slot, slot + 1)
+            alone = plain.update(keys[:, :, one], values[:, :, one], layer)
+            if first and slot == start:  # the first token of a step reads what it reads alone
+                shown = start + 1 - alone[0].shape[2]
+                for found, wanted in zip(read, alone, strict=True):
+                    for row, pads in enumerate(padding):
+                        part = slice(max(pads - shown, 0), wanted.shape[2])
+                        torch.testing.assert_close(found[row, :, part], wanted[row, :, part])
+        assert assisted.nbytes == plain.nbytes
+        start = stop
+
+
+def test_what_is_held_for_a_crop_is_counted() -> None:
+    cache = TurboQuantCache(llama().config, scheme(0, 3))
+    cache.activate_past_recording()
+    cache.update(*random_kv(1, 10), 0)
+    held = cache.nbytes
+    cache.layers[0].crop(0)
+    assert held - cache.nbytes == 2 * HEADS * 7 * 2 * HEAD_DIM
 
 
 def test_beams_carry_their_padding_with_them() -> None:

@@ -10,12 +10,20 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from stillhouse.errors import ModelError
 from stillhouse.workers.models import toy
 from stillhouse.workers.models.adapter_loading import attach_adapter
 from stillhouse.workers.models.language_model import (
+    Head,
     LanguageModel,
     check_projection,
     decoder_and_head,
@@ -210,25 +218,54 @@ def test_a_pickled_a_cut_and_a_missing_adapter_are_refused(model_folders, store,
 
 def test_decoder_and_head_give_the_models_own_logits(lm):
     ids = torch.tensor([lm.encode_prompt("some text")])
-    decoder, head, softcap = decoder_and_head(lm.model)
+    decoder, head = decoder_and_head(lm.model)
     with torch.no_grad():
-        found = decoder(input_ids=ids, attention_mask=torch.ones_like(ids))[0] @ head.T
-    if softcap is not None:
-        found = softcap * torch.tanh(found / softcap)
-    assert (softcap is not None) == (lm.bos is not None)  # only the tiny gemma has one
+        hidden = decoder(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
+        found = head.logits(hidden, torch.float32)
+    assert (head.softcap is not None) == (lm.bos is not None)  # only the tiny gemma has one
+    assert head.bias_V is None
     torch.testing.assert_close(found, logits(lm, ids[0].tolist()))
+
+
+def test_logits_of_a_head_by_hand():
+    hidden, weight = torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+    bias = torch.tensor([-2.0, 4.0])
+    assert Head(weight).logits(hidden, torch.float64).tolist() == [[2.0, 3.0]]
+    assert Head(weight, bias).logits(hidden, torch.float32).tolist() == [[0.0, 7.0]]
+    capped = Head(weight, bias, 2.0).logits(hidden, torch.float64)
+    assert capped[0].tolist() == pytest.approx([0.0, 2 * math.tanh(3.5)])
+
+
+def test_a_head_with_a_bias_is_loaded(model_folders, store, tmp_path):
+    folder = shutil.copytree(model_folders["llama"], tmp_path / "phi")
+    config = PhiConfig(
+        vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=96, initializer_range=0.3,
+        pad_token_id=257, bos_token_id=258, eos_token_id=256,
+    )  # fmt: skip
+    model = PhiForCausalLM(config)
+    torch.nn.init.normal_(model.lm_head.bias, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(folder)
+    lm = load(store, ModelSpec(str(folder)))
+    decoder, head = decoder_and_head(lm.model)
+    assert head.bias_V is not None
+    assert torch.equal(head.bias_V, model.lm_head.bias)
+    ids = lm.encode_prompt("some text")
+    found = head.logits(decoder(input_ids=torch.tensor([ids]))[0], torch.float32)
+    torch.testing.assert_close(found, logits(lm, ids), atol=1e-5, rtol=1e-5)
 
 
 def test_decoder_and_head_see_the_adapter(model_folders, store, adapter):
     lm = load(store, ModelSpec(str(model_folders["llama"]), adapter))
     ids = torch.tensor([lm.encode_prompt("some text")])
-    decoder, head, _ = decoder_and_head(lm.model)
+    decoder, head = decoder_and_head(lm.model)
     with torch.no_grad():
-        found = decoder(input_ids=ids, attention_mask=torch.ones_like(ids))[0] @ head.T
+        hidden = decoder(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
+    found = head.logits(hidden, torch.float32)
     torch.testing.assert_close(found, logits(lm, ids[0].tolist()))
 
 
-def test_a_head_that_is_more_than_a_product_is_refused(model_folders, store):
+def test_a_head_that_is_more_than_a_product_and_a_bias_is_refused(model_folders, store):
     lm = load(store, ModelSpec(str(model_folders["llama"])))
     wrapped = get_peft_model(lm.model, LoraConfig(r=2, target_modules=["lm_head"]))
     with pytest.raises(ModelError, match="an adapter on its head"):

@@ -1,13 +1,16 @@
 """TurboQuantCache alone: what is stored, what attention sees, how many bytes."""
 
 import copy
+import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache, Qwen3NextConfig
 
 from stillhouse.kernels.turboquant import MseCodec
-from stillhouse.workers.cache import CacheFormat, ObliviousScheme, TurboQuantCache
+from stillhouse.workers.cache import CacheFormat, FittedScheme, ObliviousScheme, TurboQuantCache
+from stillhouse.workers.calibrator import calibrate
 from tests.workers.cache_models import (
     HEAD_DIM,
     HEADS,
@@ -109,14 +112,15 @@ def test_bytes_are_those_of_the_format(model, bits, record):
     )
     assert cache.nbytes == 0
     step_logits(model, tokens(3, 20), cache, [12, 1, 1, 6])
-    # A sliding layer keeps WINDOW - 1 tokens. Tables: one codec each for keys and values.
+    # A sliding layer keeps WINDOW - 1 tokens. Tables: one codec each for keys and values:
+    # matrix, signs, codebook, and the compiled loops' mean, weights and four int64.
     kept = [WINDOW - 1 if sliding else 20 for sliding in cache.is_sliding]
-    tables = 2 * 4 * (HEAD_DIM**2 + HEAD_DIM + 2 * 2**bits - 1)
+    tables = 2 * (4 * (HEAD_DIM**2 + 3 * HEAD_DIM + 2 * 2**bits - 1) + 4 * 8)
     assert cache.nbytes == 3 * HEADS * 2 * record * sum(kept) + tables
 
 
 def tensor_bytes(value, seen):
-    """Bytes of every tensor storage that can be reached from an object."""
+    """Bytes of every tensor's and array's storage that can be reached from an object."""
     if id(value) in seen:
         return 0
     seen.add(id(value))
@@ -125,6 +129,10 @@ def tensor_bytes(value, seen):
         known = storage.data_ptr() in seen
         seen.add(storage.data_ptr())
         return 0 if known else storage.nbytes()
+    if isinstance(value, np.ndarray):
+        known = value.ctypes.data in seen
+        seen.add(value.ctypes.data)
+        return 0 if known else value.nbytes
     if isinstance(value, dict):
         return sum(tensor_bytes(v, seen) for v in value.values())
     if isinstance(value, (list, tuple)):
@@ -137,6 +145,17 @@ def test_nothing_else_is_kept(model):
     cache = TurboQuantCache(model.config)
     step_logits(model, tokens(2, 20), cache, [12, 1, 7])
     assert tensor_bytes(cache, set()) == cache.nbytes
+
+
+def test_nothing_else_is_kept_by_a_fitted_scheme(model, request):
+    rows = [tokens(1, 40, seed)[0].tolist() for seed in range(3)]
+    lm = dataclasses.replace(request.getfixturevalue("llama"), model=model.requires_grad_(False))
+    plan = calibrate(lm, rows, sinks=2, recent=3, context=40).plan_of_bits(3)
+    cache = TurboQuantCache(model.config, FittedScheme(plan))
+    step_logits(model, tokens(2, 20), cache, [12, 1, 7])
+    assert tensor_bytes(cache, set()) == cache.nbytes
+    packed = 2 * 2 * HEADS * 20 * len(cache.layers) * HEAD_DIM * 2  # in 16 bits
+    assert cache.nbytes - cache.table_nbytes < 0.5 * packed
 
 
 def test_a_copy_is_independent(model):

@@ -92,7 +92,9 @@ class Rows:
     """The slots from `start` to the end of what was appended; an append makes a new object.
 
     packed: the codec's record of the slots from `first_packed` on. recent_BHTD: 16 bits, the last
-    slots, at most `recent_limit`.
+    slots, `recent_limit` at most and `overlap` more, which are packed too: they are held until
+    `without_last` says which slots stay. Where there is a `recent_limit` every vector is packed
+    from its 16 bits, so that what is stored is the same in any pieces.
     """
 
     codec: VectorCodec
@@ -101,6 +103,7 @@ class Rows:
     sinks: Sinks | None
     packed: Any
     recent_BHTD: Tensor
+    overlap: int = 0
 
     @classmethod
     def empty(
@@ -139,23 +142,40 @@ class Rows:
     def _packed_length(self) -> int:
         return tensors_of(self.packed)[0].shape[2]
 
-    def appended(self, x_BHTD: Tensor, slot: int) -> "Rows":
-        """With the tokens of x at slots from `slot` on; NotFiniteError as the codec's."""
+    @property
+    def _first_recent(self) -> int:
+        """Where `recent_BHTD` begins, in slots after `first_packed`."""
+        return self._packed_length - self.overlap
+
+    def appended(self, x_BHTD: Tensor, slot: int, hold: bool = False) -> "Rows":
+        """With the tokens of x at slots from `slot` on; NotFiniteError as the codec's.
+
+        hold: keep 16 bits of what leaves `recent`, too.
+        """
         sinks = None if self.sinks is None else self.sinks.with_new(x_BHTD, slot)
         new = x_BHTD[:, :, max(self.first_packed - slot, 0) :]
-        if self.recent_BHTD.shape[2]:
+        if self.recent_limit:
+            new = to_half(new)
             new = torch.cat((self.recent_BHTD.to(new.dtype), new), dim=2)
-        old = max(new.shape[2] - self.recent_limit, 0)
-        packed = join(self.packed, self.codec.encode(new[:, :, :old]), 2) if old else self.packed
-        return replace(
-            self, sinks=sinks, packed=packed, recent_BHTD=to_half(new[:, :, old:]).clone()
-        )
+        old = max(new.shape[2] - self.overlap - self.recent_limit, 0)
+        stop = self.overlap + old
+        packed = self.packed
+        if old:
+            packed = join(packed, self.codec.encode(new[:, :, self.overlap : stop]), 2)
+        overlap = stop if hold and self.recent_limit else 0
+        recent = to_half(new[:, :, stop - overlap :]).clone()
+        return replace(self, sinks=sinks, packed=packed, recent_BHTD=recent, overlap=overlap)
 
-    def decode(self, first: int, end: int, dtype: torch.dtype) -> Tensor:
-        """The slots from `first` to `end`, where the stored ones end, [B, H, T, D]."""
-        skip = max(first - self.first_packed, 0)
-        packed = map_tensors(self.packed, lambda tensor: tensor[:, :, skip:])
-        recent = self.recent_BHTD[:, :, max(skip - self._packed_length, 0) :]
+    def decode(self, first: int, end: int, dtype: torch.dtype, read_at: int) -> Tensor:
+        """The slots from `first` to `end`, where the stored ones end, [B, H, T, D].
+
+        Slots stored both ways are given as they stood when `read_at` was the end.
+        """
+        skip, recent_at = max(first - self.first_packed, 0), self._first_recent
+        edge = max(read_at - self.recent_limit - self.first_packed, recent_at)
+        edge = min(edge, self._packed_length)
+        packed = map_tensors(self.packed, lambda tensor: tensor[:, :, skip:edge])
+        recent = self.recent_BHTD[:, :, max(skip, edge) - recent_at :]
         parts = [self.codec.decode(packed, dtype), recent.to(dtype)]
         if self.sinks is None:
             return torch.cat(parts, dim=2)
@@ -163,31 +183,37 @@ class Rows:
         return self.sinks.laid_over(torch.cat(parts, dim=2), first)
 
     def without_before(self, start: int) -> "Rows":
-        """Without the slots before `start`."""
+        """Without the slots before `start`; only where none is held."""
         if start <= self.start:
             return self
         sinks = None if self.sinks is None or start >= self.sinks.last else self.sinks
         rest = replace(self, start=start, sinks=sinks)
         dropped = rest.first_packed - self.first_packed
-        return rest._sliced(dropped, None) if dropped else rest
+        if not dropped:
+            return rest
+        return rest._cut(slice(dropped, None), slice(max(dropped - self._packed_length, 0), None))
 
     def without_last(self, slots: int) -> "Rows":
-        """Without the last slots; a sink that was among them is overwritten by the next append."""
-        return self._sliced(0, -slots) if slots else self
+        """Without the last slots, and with `recent_limit` slots in 16 bits at most.
 
-    def _sliced(self, first: int, last: int | None) -> "Rows":
-        """Packed and recent vectors together as one axis, cut."""
-        packed, recent = self._packed_length, self.recent_BHTD.shape[2]
-        start, stop, _ = slice(first, last).indices(packed + recent)
-        # Clones: a view would free nothing.
+        Those are the last ones as far as they are held; what else was packed stays so. A sink among
+        the removed is overwritten by the next append.
+        """
+        if not slots and not self.overlap:
+            return self
+        first = self._first_recent
+        stop = max(first + self.recent_BHTD.shape[2] - slots, 0)
+        recent = min(max(stop - first, 0), self.recent_limit)
+        kept = stop - recent
+        return self._cut(slice(kept), slice(kept - first, stop - first))
+
+    def _cut(self, packed: slice, recent: slice) -> "Rows":
+        """Parts of both, cloned: a view would free nothing."""
         return replace(
             self,
-            packed=map_tensors(
-                self.packed, lambda tensor: tensor[:, :, start : min(stop, packed)].clone()
-            ),
-            recent_BHTD=self.recent_BHTD[
-                :, :, max(start - packed, 0) : max(stop - packed, 0)
-            ].clone(),
+            packed=map_tensors(self.packed, lambda tensor: tensor[:, :, packed].clone()),
+            recent_BHTD=self.recent_BHTD[:, :, recent].clone(),
+            overlap=0,
         )
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "Rows":

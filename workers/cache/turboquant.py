@@ -6,7 +6,16 @@ of a server that reads only packed pages. Storage grows by concatenation, hence 
 tokens × bytes with no slack (decoding the cache at each step costs far more than that copy).
 
 A sliding layer keeps what its next step may see, sliding_window - 1 tokens, as transformers'
-DynamicSlidingWindowLayer; after `activate_past_recording` it keeps all tokens until `crop`.
+DynamicSlidingWindowLayer.
+
+All tokens of a step read what its last one would read alone: `recent` ends with the step.
+
+After `activate_past_recording` (assisted generation) tokens may be taken back: until `crop`,
+sliding layers keep all tokens, and with a `recent` window each new token is kept in 16 bits beside
+its packed vector. `crop` leaves the state that stepping through the remaining tokens leaves.
+Meanwhile a step reads what its FIRST token would read alone (the prompt's: its last). So with a
+`recent` window accepted drafts read some vectors in 16 bits, and a prompt with drafts some packed,
+that plain generation reads the other way: texts may differ. Without one they do not.
 
 Shape suffixes: B sequences, H key/value heads, T tokens, D head size.
 """
@@ -89,11 +98,14 @@ class _TurboQuantLayer(CacheLayerMixin):
         # Both are encoded before one is stored: a refused value leaves the cache as it was.
         states = (key_states, value_states)
         self._rows = tuple(
-            rows.appended(x_BHTD, slot) for rows, x_BHTD in zip(before, states, strict=True)
+            rows.appended(x_BHTD, slot, self.record_past)
+            for rows, x_BHTD in zip(before, states, strict=True)
         )
         self.cumulative_length += key_states.shape[2]
-        end = self.cumulative_length
-        keys, values = (rows.decode(first, end, key_states.dtype) for rows in self._rows)
+        end, dtype = self.cumulative_length, key_states.dtype
+        # Only matters while tokens may be taken back: drafts must not push others out of `recent`.
+        read_at = slot + 1 if slot else end
+        keys, values = (rows.decode(first, end, dtype, read_at) for rows in self._rows)
         if not self.record_past:
             self._drop_unseen()
         return keys, values

@@ -74,9 +74,10 @@ def retrieved(lm: LanguageModel, stack: Haystack, cache: Cache) -> list[bool]:
     """Of each answer, whether every token of it is the most likely."""
     batch = pad_right([stack.ids], lm.pad, core(lm).device)
     hidden_TD = hidden_states(lm, batch, cache)[0]
-    _, head_VD, _ = decoder_and_head(core(lm))  # a soft cap changes no order
+    _, head = decoder_and_head(core(lm))
     found = []
     for where in stack.answers:
-        likely = (hidden_TD[where.start - 1 : where.stop - 1] @ head_VD.T).argmax(-1)
+        read_TD = hidden_TD[where.start - 1 : where.stop - 1]
+        likely = head.logits(read_TD, torch.float32).argmax(-1)
         found.append(likely.tolist() == list(stack.ids[where]))
     return found

@@ -57,16 +57,16 @@ def compare(
     full_TD, others: hidden states [T, D] after the last norm, whose next tokens are target_T.
     Log-probabilities in float32.
     """
-    _, head_VD, softcap = decoder_and_head(core(lm))
+    _, head = decoder_and_head(core(lm))
     total = 0.0
     for start in range(0, len(target_T), CHUNK):
         rows = slice(start, start + CHUNK)
         target_C1 = target_T[rows, None]
-        p_CV = log_probabilities(full_TD[rows], head_VD, softcap, torch.float32)
+        p_CV = log_probabilities(full_TD[rows], head, torch.float32)
         best_C = p_CV.argmax(-1)
         total += p_CV.gather(1, target_C1).double().sum().item()
         for name, hidden_TD in others.items():
-            q_CV = log_probabilities(hidden_TD[rows], head_VD, softcap, torch.float32)
+            q_CV = log_probabilities(hidden_TD[rows], head, torch.float32)
             tally = tallies[name]
             tally.kl += kl_divergence(p_CV, q_CV).tolist()
             tally.logp += q_CV.gather(1, target_C1).double().sum().item()

@@ -76,17 +76,33 @@ class LanguageModel(TextCodec):
     model: Any
 
 
+@dataclass(frozen=True, slots=True)
+class Head:
+    """From hidden states to logits: a product with weight_VD, a bias and a soft cap, or None."""
+
+    weight_VD: "torch.Tensor"
+    bias_V: "torch.Tensor | None" = None
+    softcap: float | None = None
+
+    def logits(self, hidden_TD: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
+        """softcap·tanh((W h + b) / softcap), [T, V] in `dtype`; the product is in the weight's."""
+        logits_TV = (hidden_TD @ self.weight_VD.T).to(dtype)
+        if self.bias_V is not None:
+            logits_TV = logits_TV + self.bias_V.to(dtype)
+        if self.softcap is not None:
+            logits_TV = self.softcap * (logits_TV / self.softcap).tanh()
+        return logits_TV
+
+
 class DecoderHead(NamedTuple):
     """A causal model in two halves, so that callers project only where they need logits.
 
     `decoder(input_ids=…, attention_mask=…, …)` returns the last hidden states (B, T, D), after the
-    final norm; logits are `hidden @ head.T` (head: V, D), then `softcap * tanh(logits / softcap)`
-    unless it is None. A cache passed as `past_key_values` is filled in place.
+    final norm. A cache passed as `past_key_values` is filled in place.
     """
 
     decoder: Callable[..., "torch.Tensor"]
-    head: "torch.Tensor"
-    softcap: float | None
+    head: Head
 
 
 def load(
@@ -189,36 +205,32 @@ def check_projection(model: Any) -> None:
     ids = torch.arange(3).unsqueeze(0)
     with torch.inference_mode():
         logits = model(input_ids=ids).logits
-        parts = decoder_and_head(model)
-        ours = parts.decoder(input_ids=ids) @ parts.head.T
-        if parts.softcap is not None:
-            ours = torch.tanh(ours / parts.softcap) * parts.softcap
+        decoder, head = decoder_and_head(model)
+        ours = head.logits(decoder(input_ids=ids), logits.dtype)
     slack = 256 * torch.finfo(logits.dtype).eps * float(logits.nan_to_num().abs().max())
     if not torch.allclose(ours, logits, rtol=0, atol=slack, equal_nan=True):
         raise ModelError(
-            f"{type(model).__name__}: expected logits = head x hidden state, found others: it "
-            "scales or caps them in a way that the chunked projection does not know. Use another "
-            "model"
+            f"{type(model).__name__}: expected logits = head x hidden state + bias, found others: "
+            "it scales or caps them in a way that the chunked projection does not know. Use "
+            "another model"
         )
 
 
 def decoder_and_head(model: Any) -> DecoderHead:
     """Split a causal model, through a PEFT wrapper, into its decoder and its head.
 
-    Raises ModelError where logits are more than the head times the last hidden state.
+    Raises ModelError where logits are more than what `Head` makes of the last hidden state.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = base.get_output_embeddings()
     config = base.config.get_text_config()
     odd = [name for name in _SCALED_LOGITS if getattr(config, name, None) not in (None, 1.0)]
-    if getattr(head, "bias", None) is not None:
-        odd.append("a bias on its head")
     if hasattr(head, "lora_A"):
         odd.append("an adapter on its head")
     if odd:
         raise ModelError(
-            f"{type(base).__name__}: expected logits = head x hidden state, found {odd[0]}, which "
-            f"the chunked projection does not know. Leave it out, or use another model"
+            f"{type(base).__name__}: expected logits = head x hidden state + bias, found {odd[0]}, "
+            "which the chunked projection does not know. Leave it out, or use another model"
         )
     softcap = getattr(config, "final_logit_softcapping", None)
     decoder = base.get_decoder()
@@ -227,4 +239,4 @@ def decoder_and_head(model: Any) -> DecoderHead:
         states: torch.Tensor = decoder(**inputs).last_hidden_state
         return states
 
-    return DecoderHead(hidden, head.weight, softcap)
+    return DecoderHead(hidden, Head(head.weight, getattr(head, "bias", None), softcap))

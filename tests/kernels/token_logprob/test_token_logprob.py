@@ -13,6 +13,10 @@ from stillhouse.kernels.token_logprob import token_logprob
 from stillhouse.kernels.token_logprob.reference import token_logprob_reference
 
 
+def make_bias(vocabulary, dtype=torch.float32):
+    return torch.linspace(-3, 2, vocabulary).to(dtype)
+
+
 def make_inputs(tokens, width, vocabulary, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, width, generator=generator).to(dtype)
@@ -21,12 +25,12 @@ def make_inputs(tokens, width, vocabulary, dtype=torch.float32, seed=0):
     return hidden, weight, target
 
 
-def gradients(function, hidden, weight, target, upstream, **options):
-    hidden = hidden.detach().clone().requires_grad_()
-    weight = weight.detach().clone().requires_grad_()
-    value = function(hidden, weight, target, **options)
+def gradients(function, hidden, weight, target, upstream, bias=None, **options):
+    inputs = [hidden, weight] if bias is None else [hidden, weight, bias]
+    hidden, weight, *rest = inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    value = function(hidden, weight, target, bias_V=rest[0] if rest else None, **options)
     value.backward(upstream.to(value.dtype))
-    return value.detach(), hidden.grad, weight.grad
+    return value.detach(), *(x.grad for x in inputs)
 
 
 def test_two_words_by_hand():
@@ -42,20 +46,41 @@ def test_two_words_by_hand():
     torch.testing.assert_close(hidden.grad, torch.tensor([first, second], dtype=torch.float64))
 
 
+def test_a_bias_by_hand():
+    # The bias alone makes the logits (ln 3, 0), for two tokens: d log p_0 / d b = (1/4, -1/4).
+    hidden, weight = torch.zeros(2, 3), torch.ones(2, 3)
+    bias = torch.tensor([math.log(3), 0.0], requires_grad=True)
+    value = token_logprob(hidden, weight, torch.tensor([0, 1]), bias_V=bias, chunk=1)
+    torch.testing.assert_close(value, torch.tensor([math.log(3 / 4), math.log(1 / 4)]))
+    value.backward(torch.tensor([1.0, -2.0]))
+    torch.testing.assert_close(bias.grad, torch.tensor([1 / 4 + 6 / 4, -1 / 4 - 6 / 4]))
+
+
 def test_softcap_by_hand():
     # tanh saturates: raw logits ±1000 become ±1, so p = 1 / (1 + e^-2).
     hidden, weight = torch.tensor([[1.0]]), torch.tensor([[1000.0], [-1000.0]])
     value = token_logprob(hidden, weight, torch.tensor([0]), softcap=1.0)
     assert value.item() == pytest.approx(-math.log1p(math.exp(-2)))
+    # The bias is inside: 0 and 2000, capped 0 and 1.
+    bias = torch.tensor([-1000.0, 3000.0])
+    value = token_logprob(hidden, weight, torch.tensor([0]), bias_V=bias, softcap=1.0)
+    assert value.item() == pytest.approx(-math.log1p(math.e))
 
 
 @settings(max_examples=40)
-@given(st.integers(0, 9), st.integers(1, 20), st.sampled_from([None, 3.0]), st.integers(0, 2**31))
-def test_any_chunk_equals_the_reference(tokens, chunk, softcap, seed):
+@given(
+    tokens=st.integers(0, 9),
+    chunk=st.integers(1, 20),
+    softcap=st.sampled_from([None, 3.0]),
+    biased=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_any_chunk_equals_the_reference(tokens, chunk, softcap, biased, seed):
     hidden, weight, target = make_inputs(tokens, 5, 7, seed=seed)
     upstream = torch.randn(tokens, generator=torch.Generator().manual_seed(seed))
-    found = gradients(token_logprob, hidden, weight, target, upstream, softcap=softcap, chunk=chunk)
-    expected = gradients(token_logprob_reference, hidden, weight, target, upstream, softcap=softcap)
+    inputs = (hidden, weight, target, upstream, make_bias(7) if biased else None)
+    found = gradients(token_logprob, *inputs, softcap=softcap, chunk=chunk)
+    expected = gradients(token_logprob_reference, *inputs, softcap=softcap)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other.float(), atol=1e-5, rtol=1e-5)
 
@@ -68,6 +93,16 @@ def test_gradcheck(softcap):
     assert torch.autograd.gradcheck(
         lambda h, w: token_logprob(h, w, target, softcap=softcap, chunk=2), (hidden, weight)
     )
+    bias = make_bias(6, torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: token_logprob(h, w, target, bias_V=b, softcap=softcap, chunk=2),
+        (hidden, weight, bias),
+    )
+    # Each alone.
+    for inputs in ((hidden.detach(), weight.detach(), bias), (hidden, weight.detach(), bias)):
+        assert torch.autograd.gradcheck(
+            lambda h, w, b: token_logprob(h, w, target, bias_V=b, softcap=softcap, chunk=2), inputs
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -75,8 +110,9 @@ def test_low_precision_inputs_are_summed_in_float32(dtype):
     # 8,192 rows are widened at a time: 9,000 words cross that border.
     hidden, weight, target = make_inputs(6, 64, 9000, dtype)
     upstream = torch.linspace(-2, 2, 6)
-    found = gradients(token_logprob, hidden, weight, target, upstream, chunk=4)
-    expected = gradients(token_logprob_reference, hidden, weight, target, upstream)
+    inputs = (hidden, weight, target, upstream, make_bias(9000, dtype))
+    found = gradients(token_logprob, *inputs, chunk=4)
+    expected = gradients(token_logprob_reference, *inputs)
     assert found[0].dtype == torch.float32
     torch.testing.assert_close(found[0], expected[0].float(), atol=1e-4, rtol=1e-5)
     for one, other in zip(found[1:], expected[1:], strict=True):
@@ -166,6 +202,8 @@ def test_scoring_computes_nothing_for_gradients():
         ({"target_T": torch.tensor([0, 6])}, "expected targets in 0…5, found 6"),
         ({"target_T": torch.tensor([0, -100])}, "found -100; drop tokens without a loss"),
         ({"hidden_TD": torch.zeros(2, 4, dtype=torch.int64)}, "expected floating"),
+        ({"bias_V": torch.zeros(4)}, r"floating bias \[6\] or None, found torch.float32 \[4\]"),
+        ({"bias_V": torch.zeros(6, dtype=torch.int64)}, "floating bias"),
         ({"chunk": 0}, "at least one token, found 0"),
         ({"softcap": 0.0}, "positive, finite softcap"),
         ({"softcap": math.inf}, "positive, finite softcap"),
