@@ -143,8 +143,7 @@ def measured(shape: str, context: int, machine: dict[str, Any], threads: int) ->
         calls = [whole_call(query, heads, context, kind) for _ in copies(size)]
         rows.append(row(shape, context, name, best(calls), size, None, machine))
     for name, (key, value) in FORMATS.items():
-        formats = (VectorFormat.uniform(dim, bits) for bits in (key, value))
-        pages = PageFormat.of(*formats, tokens=64)
+        pages = PageFormat.of(VectorFormat.uniform(dim, key), VectorFormat.uniform(dim, value), 64)
         size = -(-context // pages.tokens) * heads * pages.nbytes
         query = torch.randn(1, heads, group, dim) / dim**0.5
         calls = [packed_call(query, pages, context, threads) for _ in copies(size)]
@@ -171,10 +170,11 @@ def packed_call(query: Tensor, pages: PageFormat, context: int, threads: int) ->
     """Ours over a cache of its own, its pages in no order."""
     count = -(-context // pages.tokens)
     table = torch.randperm(count).int()[None]
-    halves = [random_half(count, query.shape[1], half) for half in (pages.key, pages.value)]
+    heads = query.shape[1]
+    keys, values = random_half(count, heads, pages.key), random_half(count, heads, pages.value)
     span = [(0, context)]
     attend = cpu.decoder(pages, query.shape[2]).attend
-    return lambda: attend(query, *halves, table, span, threads)
+    return lambda: attend(query, keys, values, table, span, threads)
 
 
 def copies(size: int) -> range:

@@ -16,6 +16,7 @@ from stillhouse.workers.divergence import (
     measure_cache,
 )
 from stillhouse.workers.evaluation import exact_match
+from stillhouse.workers.models.language_model import Head
 from stillhouse.workers.protocols import CacheMeasure, Failed, Pair
 from stillhouse.workers.scorer import response_logps
 from tests.workers.cache_models import with_nan_embedding
@@ -63,7 +64,7 @@ def test_log_probabilities_are_those_of_the_model(lm):
         logits_TV = lm.model(torch.tensor([ids])).logits[0].double()
         hidden_TD = lm.model.get_decoder()(torch.tensor([ids])).last_hidden_state[0]
     cap = getattr(lm.model.config, "final_logit_softcapping", None)
-    ours_TV = log_probabilities(hidden_TD, lm.model.lm_head.weight, cap)
+    ours_TV = log_probabilities(hidden_TD, Head(lm.model.lm_head.weight, None, cap))
     torch.testing.assert_close(ours_TV, logits_TV.log_softmax(-1), rtol=1e-5, atol=1e-5)
     (measure,), _ = measure_cache(lm, [text], EIGHT_BITS)
     targets = torch.tensor(ids[1:])[:, None]

@@ -36,7 +36,8 @@ def filled(format: PageFormat, lengths: list[int], heads: int, group: int, seed:
     draw = torch.Generator().manual_seed(seed)
     counts = [-(-length // format.tokens) for length in lengths]
     order = torch.randperm(sum(counts) + 1, generator=draw).int()
-    halves = [half.empty(sum(counts) + 1, heads) for half in (format.key, format.value)]
+    count = sum(counts) + 1
+    keys, values = format.key.empty(count, heads), format.value.empty(count, heads)
     table = torch.zeros((len(lengths), max([*counts, 1])), dtype=torch.int32)
     at = 0
     for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
@@ -44,8 +45,8 @@ def filled(format: PageFormat, lengths: list[int], heads: int, group: int, seed:
         at += count
         token = torch.arange(length)
         slots = table[row, token // format.tokens].long() * format.tokens + token % format.tokens
-        for pages, half in zip(halves, (format.key, format.value), strict=True):
+        for pages, half in ((keys, format.key), (values, format.value)):
             write_vectors(pages, half, slots, *vectors(half.format, heads, length, draw))
     shape = (len(lengths), heads, group, format.key.format.channels)
     query = torch.randn(shape, generator=draw) * 3 / format.key.format.channels**0.5
-    return Filled(*halves, table, query)
+    return Filled(keys, values, table, query)
