@@ -174,7 +174,8 @@ def packed_call(query: Tensor, pages: PageFormat, context: int, threads: int) ->
     keys, values = random_half(count, heads, pages.key), random_half(count, heads, pages.value)
     span = [(0, context)]
     attend = cpu.decoder(pages, query.shape[2]).attend
-    return lambda: attend(query, keys, values, table, span, threads)
+    halves = cpu.PackedHalf(keys), cpu.PackedHalf(values)
+    return lambda: attend(query, *halves, span, table, threads=threads)
 
 
 def copies(size: int) -> range:

@@ -12,22 +12,28 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
 import torch
 from torch import Tensor
 
 from stillhouse.kernels.paged_attention.cpu_ir import NAME, DecodeSpec, emit, value_lanes
-from stillhouse.kernels.paged_attention.pages import PageFormat
+from stillhouse.kernels.paged_attention.pages import (
+    HalfPage,
+    PageFormat,
+    RecordFormat,
+    Records,
+)
+from stillhouse.kernels.paged_attention.refusals import require
 from stillhouse.kernels.turboquant import gaussian_codebook
 
 _LN2 = 0.6931471805599453
 SPLIT_TOKENS = 2048  # a thread's work is one split: small enough to balance, large enough to pay
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURE = (
-    _POINTER, _LONG, _POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _FLOAT, _POINTER,
-    _POINTER,
+    _POINTER, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER,
+    _POINTER, _POINTER, _FLOAT, _POINTER, _POINTER,
 )  # fmt: skip
 
 
@@ -69,7 +75,7 @@ def compiled(spec: DecodeSpec) -> Compiled:
     return Compiled(call, engine, text)
 
 
-def _books(pages: PageFormat) -> Tensor:
+def _books(pages: PageFormat | RecordFormat) -> Tensor:
     """float32 [groups, 32]: centroids of every group of keys, then of values, each repeated."""
     rows = []
     for vectors in (pages.key.format, pages.value.format):
@@ -88,13 +94,24 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
 
 
-class PackedDecoder:
-    """Attends over pages of one format with groups of one size; make it once (`decoder`).
+class PackedHalf(NamedTuple):
+    """Keys or values of a layer: half pages, or a sequence's packed vectors and their scalars.
 
-    pages: both halves. group: G. softcap: of scores, 0 for none.
+    Pages: uint8 [N, H, Y] each contiguous in itself, and None. Records: uint8 [B, H, T, P] and
+    float16 [B, H, T], contiguous; fp8 has no scalars.
     """
 
-    def __init__(self, pages: PageFormat, group: int, softcap: float = 0.0) -> None:
+    vectors: Tensor
+    scalars: Tensor | None = None
+
+
+class PackedDecoder:
+    """Attends over packed keys and values of one format, in groups of one size; see `decoder`.
+
+    pages: pages or records of both. group: G. softcap: of scores, 0 for none.
+    """
+
+    def __init__(self, pages: PageFormat | RecordFormat, group: int, softcap: float = 0.0) -> None:
         self.pages, self.group, self._cap = pages, group, softcap / _LN2
         _, permute = _target()
         # The code stays in memory as long as its engine does.
@@ -108,25 +125,26 @@ class PackedDecoder:
     def attend(
         self,
         query_BHGC: Tensor,
-        keys_NHY: Tensor,
-        values_NHY: Tensor,
-        table_BW: Tensor,
+        keys: PackedHalf,
+        values: PackedHalf,
         ranges: Sequence[tuple[int, int]],
+        table_BW: Tensor | None = None,
+        offset_BHG: Tensor | None = None,
         threads: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Softmax sums over the packed tokens [first, last) of each sequence.
 
-        query_BHGC: float32, in the keys' coded basis, times the softmax scale. keys_NHY,
-        values_NHY: half pages, each contiguous in itself. table_BW: int32, the page of each
-        `pages.tokens` tokens of a sequence. threads: torch's number by default; the result's bits
-        do not depend on it.
+        query_BHGC: float32, in the keys' coded basis, times the softmax scale. table_BW: int32, the
+        page of each `pages.tokens` tokens of a sequence; None for records. offset_BHG: float32,
+        added to every score, as a query's product with the keys' mean. threads: torch's number by
+        default; the result's bits do not depend on it.
 
-        Returns float32 m [B, H, G], the greatest score (-1e30 for an empty range), l = Σ exp(s - m)
-        [B, H, G] and Σ exp(s - m) · value [B, H, G, V], V the values' coded channels: divide by l,
-        or merge with other tokens' sums first. ValueError for shapes, dtypes, pages and ranges that
-        do not fit.
+        Returns float32 m [B, H, G], the greatest score (-1e30 · ln 2 for an empty range),
+        l = Σ exp(s - m) [B, H, G] and Σ exp(s - m) · value [B, H, G, V], V the values' coded
+        channels: divide by l, or merge with other tokens' sums first. ValueError for shapes,
+        dtypes, pages and ranges that do not fit.
         """
-        self._require(query_BHGC, keys_NHY, values_NHY, table_BW, ranges)
+        require(self.pages, self.group, query_BHGC, (keys, values), ranges, table_BW)
         batch, heads, group, _ = query_BHGC.shape
         splits = [_splits(*span) for span in ranges]
         most = max(1, *map(len, splits))
@@ -136,7 +154,11 @@ class PackedDecoder:
             acc.zero_()
             ml[..., 0], ml[..., 1] = -1e30, 0.0
         query = (query_BHGC * (1 / _LN2)).contiguous()
-        work = self._work(query, keys_NHY, values_NHY, table_BW, acc, ml)
+        if offset_BHG is None:
+            offset = query.new_zeros((batch, heads, group))
+        else:
+            offset = (offset_BHG.float() * (1 / _LN2)).contiguous()
+        work = self._work(query, offset, (keys, values), table_BW, acc, ml)
         items = [
             (b, h, s, *span)
             for b, spans in enumerate(splits)
@@ -152,28 +174,39 @@ class PackedDecoder:
         return self._merged(acc, ml)
 
     def _work(
-        self, query: Tensor, keys: Tensor, values: Tensor, table: Tensor, acc: Tensor, ml: Tensor
+        self,
+        query: Tensor,
+        offset: Tensor,
+        halves: tuple[PackedHalf, PackedHalf],
+        table: Tensor | None,
+        acc: Tensor,
+        ml: Tensor,
     ) -> Callable[[tuple[int, int, int, int, int]], None]:
         """Attends for a sequence, head and split, over tokens [first, last)."""
         call, books, cap = self._code.call, self._books.data_ptr(), self._cap
-        key_at, key_head, key_page = keys.data_ptr(), keys.stride(1), keys.stride(0)
-        value_at, value_head, value_page = values.data_ptr(), values.stride(1), values.stride(0)
-        table_at, table_row = table.data_ptr(), 4 * table.stride(0)
+        key, value = (
+            _places(half, packed)
+            for half, packed in zip((self.pages.key, self.pages.value), halves, strict=True)
+        )
+        table_at, table_row = (0, 0) if table is None else (table.data_ptr(), 4 * table.stride(0))
         query_at, query_row, query_head = query.data_ptr(), *(4 * n for n in query.stride()[:2])
+        offset_at, offset_row, offset_head = (
+            offset.data_ptr(),
+            *(4 * n for n in offset.stride()[:2]),
+        )
         acc_at, ml_at = acc.data_ptr(), ml.data_ptr()
         acc_strides, ml_strides = ([4 * n for n in out.stride()[:3]] for out in (acc, ml))
 
         def work(item: tuple[int, int, int, int, int]) -> None:
             b, h, s, first, last = item
             call(
-                key_at + h * key_head,
-                key_page,
-                value_at + h * value_head,
-                value_page,
+                *key.at(b, h),
+                *value.at(b, h),
                 table_at + b * table_row,
                 first,
                 last,
                 query_at + b * query_row + h * query_head,
+                offset_at + b * offset_row + h * offset_head,
                 books,
                 cap,
                 acc_at + b * acc_strides[0] + h * acc_strides[1] + s * acc_strides[2],
@@ -194,44 +227,41 @@ class PackedDecoder:
             total, out = (total * weight).sum(2), (acc * weight[..., None]).sum(2)
         if self._channels != [slice(0, self._width)]:
             out = torch.cat([out[..., part] for part in self._channels], dim=-1)
-        return (top * _LN2).clamp_min(-1e30 * _LN2), total, out
+        return top * _LN2, total, out
 
-    def _require(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        table: Tensor,
-        ranges: Sequence[tuple[int, int]],
-    ) -> None:
-        pages, (batch, heads, *_) = self.pages, query.shape
-        wanted = (batch, heads, self.group, pages.key.format.channels)
-        if query.dtype != torch.float32 or query.shape != wanted:
-            raise ValueError(
-                f"expected float32 queries {list(wanted)}, found {query.dtype} {list(query.shape)}"
-            )
-        for name, half, tensor in (("keys", pages.key, keys), ("values", pages.value, values)):
-            shape = (tensor.shape[0], heads, half.nbytes)
-            if tensor.dtype != torch.uint8 or tensor.shape != shape or tensor.stride(-1) != 1:
-                raise ValueError(
-                    f"expected half pages of {name}, uint8 {list(shape)}, each contiguous, found "
-                    f"{tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}"
-                )
-        limit = table.shape[-1] * pages.tokens
-        fits = all(first >= 0 and last <= limit for first, last in ranges)
-        if table.dtype != torch.int32 or table.stride(-1) != 1 or len(ranges) != batch or not fits:
-            raise ValueError(
-                f"expected an int32 table of {batch} rows and ranges within the {limit} tokens of "
-                f"its pages, found {table.dtype} {list(table.shape)} and {list(ranges)}"
-            )
-        count = min(keys.shape[0], values.shape[0])
-        least, most = (int(end) for end in table.aminmax()) if table.numel() else (0, -1)
-        if least < 0 or most >= count:
-            raise ValueError(f"expected pages from 0 to {count - 1}, found {least} to {most}")
+
+class _Places(NamedTuple):
+    """Addresses of a sequence's head: of its vectors and scalars, and bytes from page to page."""
+
+    vectors: int
+    scalars: int
+    rows: tuple[int, int]
+    heads: tuple[int, int]
+    page: int
+
+    def at(self, b: int, h: int) -> tuple[int, int, int]:
+        return (
+            self.vectors + b * self.rows[0] + h * self.heads[0],
+            self.scalars + b * self.rows[1] + h * self.heads[1],
+            self.page,
+        )
+
+
+def _places(half: HalfPage | Records, packed: PackedHalf) -> _Places:
+    vectors = packed.vectors
+    start = vectors.data_ptr()
+    if isinstance(half, HalfPage):
+        head = vectors.stride(1)
+        return _Places(start, start + half.scalars, (0, 0), (head, head), vectors.stride(0))
+    row, head = vectors.stride()[:2]
+    if packed.scalars is None:
+        return _Places(start, start, (row, row), (head, head), 0)
+    scalar_row, scalar_head = (2 * n for n in packed.scalars.stride()[:2])
+    return _Places(start, packed.scalars.data_ptr(), (row, scalar_row), (head, scalar_head), 0)
 
 
 @cache
-def decoder(pages: PageFormat, group: int, softcap: float = 0.0) -> PackedDecoder:
+def decoder(pages: PageFormat | RecordFormat, group: int, softcap: float = 0.0) -> PackedDecoder:
     """One for each format; compiles at the first call."""
     return PackedDecoder(pages, group, softcap)
 

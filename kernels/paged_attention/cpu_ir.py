@@ -19,7 +19,12 @@ from typing import Any
 
 from llvmlite import ir
 
-from stillhouse.kernels.paged_attention.pages import PageFormat, Plane, VectorFormat
+from stillhouse.kernels.paged_attention.pages import (
+    PageFormat,
+    Plane,
+    RecordFormat,
+    VectorFormat,
+)
 
 LANES = 16
 NAME = "attend"
@@ -42,7 +47,7 @@ _LOWEST = -1e30  # below every score; its difference from itself is 0, not NaN a
 class DecodeSpec:
     """What a function is compiled for. permute: `avx512`, `avx2` or `` for how tables are read."""
 
-    pages: PageFormat
+    pages: PageFormat | RecordFormat
     group: int
     softcap: bool
     permute: str
@@ -65,18 +70,19 @@ def value_lanes(format: VectorFormat) -> list[int]:
 def emit(spec: DecodeSpec) -> str:
     """The module's text. Its one function:
 
-    attend(keys, key_stride, values, value_stride, table, first, last, q, books, softcap, acc, ml)
+    attend(keys, key_scalars, key_stride, values, value_scalars, value_stride, table, first, last,
+        q, offset, books, softcap, acc, ml)
 
-    keys, values: the head's bytes of the half pages 0; strides: bytes to those of the next page.
-    table: int32 page of each `tokens` tokens. first, last: tokens [first, last). q: float32 [G, C],
-    times what makes scores exponents of 2. books: float32 [groups, 32] of keys, then of values.
-    softcap: in those units. acc: float32 [G, V], out: Σ 2^(s - m) · value. ml: float32 [G, 2],
-    out: m and Σ 2^(s - m).
+    keys, values and their float16 scalars: the head's bytes of page 0; strides: bytes to those of
+    the next page. table: int32 page of each `tokens` tokens. first, last: tokens [first, last).
+    q: float32 [G, C], times what makes scores exponents of 2. offset: float32 [G], added to scores.
+    books: float32 [groups, 32] of keys, then of values. softcap: in those units. acc: float32
+    [G, V], out: Σ 2^(s - m) · value. ml: float32 [G, 2], out: m and Σ 2^(s - m).
     """
     module = ir.Module(NAME)
     floats = F32.as_pointer()
-    bases = [BYTES, I64, BYTES, I64]
-    kinds = [*bases, I32.as_pointer(), I64, I64, floats, floats, F32, floats, floats]
+    bases = [BYTES, BYTES, I64, BYTES, BYTES, I64]
+    kinds = [*bases, I32.as_pointer(), I64, I64, floats, floats, floats, F32, floats, floats]
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), kinds), NAME)
     # No pointer is `noalias`: LLVM would keep a broadcast of every query on the stack.
     _Emitter(spec, function).body()
@@ -89,9 +95,9 @@ class _Emitter:
     def __init__(self, spec: DecodeSpec, function: ir.Function) -> None:
         self.spec, self.function = spec, function
         self.b = ir.IRBuilder(function.append_basic_block("entry"))
-        self.keys, self.key_stride, self.vals, self.value_stride, *rest = function.args
-        self.table, self.first, self.last, self.q, self.book_ptr, *rest = rest
-        self.softcap, self.acc, self.ml = rest
+        self.key_parts, self.value_parts = function.args[:3], function.args[3:6]
+        self.table, self.first, self.last, self.q, *rest = function.args[6:]
+        self.offset, self.book_ptr, self.softcap, self.acc, self.ml = rest
         self.key, self.value = spec.pages.key, spec.pages.value
         self.lane_number = ir.Constant(VI, list(range(LANES)))
 
@@ -118,24 +124,40 @@ class _Emitter:
         b.ret_void()
 
     def block(self, token: Any) -> None:
-        """16 tokens of one page."""
-        b = self.b
-        tokens = ir.Constant(I64, self.spec.pages.tokens)
-        page = b.sext(b.load(b.gep(self.table, [b.udiv(token, tokens)])), I64)
-        keys = b.gep(self.keys, [b.mul(page, self.key_stride)])
-        values = b.gep(self.vals, [b.mul(page, self.value_stride)])
-        slot = b.urem(token, tokens)
+        """16 tokens of one page; without pages the last block reaches back, not past the end."""
+        b, begin = self.b, token
+        begin = self.largest(begin, self.first)
+        if not self.spec.pages.tokens:
+            token = self.smallest(token, b.sub(self.last, I64(LANES)))
+        slot, keys, key_scalars, values, value_scalars = self.page_of(token)
         scores = self.scores(keys, slot)
         if not self.key.format.is_fp8:
-            scale = self.halves(keys, self.key.scalars, slot)
+            scale = self.halves(key_scalars, slot)
             scores = [b.fmul(score, scale) for score in scores]
+        scores = [
+            b.fadd(score, self.broadcast(b.load(b.gep(self.offset, [I64(g)]))))
+            for g, score in enumerate(scores)
+        ]
         if self.spec.softcap:
             scores = [self.capped(score) for score in scores]
-        live = self.live(token)
+        live = self.live(token, begin)
         lowest = self.splat(_LOWEST)
         scores = [b.select(live, score, lowest) for score in scores]
-        self.probabilities(scores, live, values, slot)
-        self.values(values, slot)
+        self.probabilities(scores, live, value_scalars, slot)
+        start, stop = b.sub(begin, token), self.smallest(b.sub(self.last, token), I64(LANES))
+        self.values(values, slot, start, stop)
+
+    def page_of(self, token: Any) -> tuple[Any, ...]:
+        """The token's place in its page, and where that page's keys, values and scalars are."""
+        b, tokens = self.b, self.spec.pages.tokens
+        if not tokens:
+            return (token, *self.key_parts[:2], *self.value_parts[:2])
+        page = b.sext(b.load(b.gep(self.table, [b.udiv(token, I64(tokens))])), I64)
+        found = []
+        for vectors, scalars, stride in (self.key_parts, self.value_parts):
+            there = [b.mul(page, stride)]
+            found += [b.gep(vectors, there), b.gep(scalars, there)]
+        return (b.urem(token, I64(tokens)), *found)
 
     # Scores
 
@@ -162,17 +184,17 @@ class _Emitter:
     def columns(self, plane: Plane, base: Any, slot: Any) -> list[Any]:
         """Dwords of 16 tokens' rows, a lane a token; the last may hold fewer bytes."""
         b = self.b
-        start = b.add(I64(plane.first), b.mul(slot, I64(plane.row_bytes)))
+        start = b.add(I64(plane.first), b.mul(slot, I64(plane.stride)))
         row = b.gep(base, [start])
         found: list[Any] = []
         at = 0
         while at < plane.row_bytes:
             if plane.row_bytes - at >= 16:
-                found += self.transposed(row, plane.row_bytes, at)
+                found += self.transposed(row, plane.stride, at)
                 at += 16
                 continue
             size = next(n for n in (4, 2, 1) if plane.row_bytes - at >= n)
-            found.append(self.gathered(row, plane.row_bytes, at, size))
+            found.append(self.gathered(row, plane.stride, at, size))
             at += size
         return found
 
@@ -251,19 +273,19 @@ class _Emitter:
         tanh = b.fsub(self.splat(1.0), b.fdiv(self.splat(2.0), b.fadd(power, self.splat(1.0))))
         return b.fmul(cap, tanh)
 
-    def live(self, token: Any) -> Any:
-        """Lanes whose token is in [first, last)."""
+    def live(self, token: Any, begin: Any) -> Any:
+        """Lanes whose token is in [begin, last)."""
         b = self.b
         at = b.add(self.broadcast(b.trunc(token, I32)), self.lane_number)
-        first, last = (self.broadcast(b.trunc(end, I32)) for end in (self.first, self.last))
+        first, last = (self.broadcast(b.trunc(end, I32)) for end in (begin, self.last))
         return b.and_(b.icmp_signed(">=", at, first), b.icmp_signed("<", at, last))
 
     # Softmax
 
     def probabilities(self, scores: Sequence[Any], live: Any, base: Any, slot: Any) -> None:
         """New maxima and sums; the weights of the block's values, [G, 16]."""
-        b, half = self.b, self.value
-        scale = None if half.format.is_fp8 else self.halves(base, half.scalars, slot)
+        b = self.b
+        scale = None if self.value.format.is_fp8 else self.halves(base, slot)
         # All maxima before the branch: LLVM would move later queries' products past it.
         highest = [self.reduce("fmax", score) for score in scores]
         risen = [
@@ -309,7 +331,7 @@ class _Emitter:
 
     # Values
 
-    def values(self, base: Any, slot: Any) -> None:
+    def values(self, base: Any, slot: Any, start: Any, stop: Any) -> None:
         """Add the block's values, as many channels at a time as registers hold sums for."""
         lanes = value_lanes(self.value.format)
         chunks = [
@@ -319,11 +341,17 @@ class _Emitter:
         ]
         step = max(1, _ACCUMULATORS // self.spec.group)
         for at in range(0, len(chunks), step):
-            self.value_chunks(chunks[at : at + step], lanes, base, slot)
+            self.value_chunks(chunks[at : at + step], lanes, base, slot, (start, stop))
 
     def value_chunks(
-        self, chunks: Sequence[tuple[int, int]], lanes: Sequence[int], base: Any, slot: Any
+        self,
+        chunks: Sequence[tuple[int, int]],
+        lanes: Sequence[int],
+        base: Any,
+        slot: Any,
+        span: tuple[Any, Any],
     ) -> None:
+        """Over the block's live tokens alone: what lies in unused places may be no number."""
         b, value, group = self.b, self.value.format, self.spec.group
         width = lanes[-1]
         sums = [[self.variable(VF) for _ in range(group)] for _ in chunks]
@@ -333,7 +361,7 @@ class _Emitter:
                 b.store(self.load_floats(self.acc, offset), part)
         books = {place: self.book(len(self.key.format.groups) + place, value.groups[place].bits)
                  for place, _ in chunks}  # fmt: skip
-        with self.loop(I64(0), I64(LANES), 1) as token:
+        with self.loop(*span, 1) as token:
             rows = {place: self.value_rows(place, base, b.add(slot, token)) for place, _ in chunks}
             weights = [
                 self.broadcast(b.load(b.gep(self.weights, [b.add(token, I64(g * LANES))])))
@@ -353,7 +381,7 @@ class _Emitter:
         """The address of a token's row in each plane of a channel group."""
         b = self.b
         return [
-            (plane, b.gep(base, [b.add(I64(plane.first), b.mul(slot, I64(plane.row_bytes)))]))
+            (plane, b.gep(base, [b.add(I64(plane.first), b.mul(slot, I64(plane.stride)))]))
             for plane in self.value.planes
             if plane.group == place
         ]
@@ -446,6 +474,12 @@ class _Emitter:
 
     # Vectors
 
+    def largest(self, one: Any, two: Any) -> Any:
+        return self.b.select(self.b.icmp_signed(">", one, two), one, two)
+
+    def smallest(self, one: Any, two: Any) -> Any:
+        return self.b.select(self.b.icmp_signed("<", one, two), one, two)
+
     def variable(self, kind: Any, count: int = 1) -> Any:
         """In the entry block, where LLVM finds what fits into registers."""
         with self.b.goto_entry_block():
@@ -453,9 +487,9 @@ class _Emitter:
         place.align = 64
         return place
 
-    def halves(self, base: Any, first: int, slot: Any) -> Any:
+    def halves(self, base: Any, slot: Any) -> Any:
         """The scalars of 16 tokens, float32."""
-        place = self.b.gep(base, [self.b.add(I64(first), self.b.shl(slot, I64(1)))])
+        place = self.b.gep(base, [self.b.shl(slot, I64(1))])
         return self.b.fpext(self.load(place, 0, VH), VF)
 
     def load(self, base: Any, offset: int, kind: Any) -> Any:

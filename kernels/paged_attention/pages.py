@@ -11,7 +11,7 @@ vector.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -28,8 +28,9 @@ _PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), FP8: (FP8,)}
 class Plane:
     """Rows of `row_bytes` bytes that hold `width` bits of each index of a channel group.
 
-    group: its place among the groups. first: byte of the page where the plane begins. packed:
-    byte of the packed vector where its row begins. shift: of its bits in the index.
+    group: its place among the groups. first: byte of the page where the plane begins; stride: from
+    one token's row to the next. packed: byte of the packed vector where its row begins. shift: of
+    its bits in the index.
     """
 
     group: int
@@ -37,6 +38,7 @@ class Plane:
     shift: int
     row_bytes: int
     first: int
+    stride: int
     packed: int
 
 
@@ -106,7 +108,7 @@ class HalfPage:
             shift = 0
             for width in _PLANES[group.bits]:
                 row = group.channels * width // 8
-                yield Plane(place, width, shift, row, first, packed)
+                yield Plane(place, width, shift, row, first, row, packed)
                 shift += width
                 first += self.tokens * row
                 packed += row
@@ -124,6 +126,36 @@ class HalfPage:
     def empty(self, pages: int, heads: int, device: torch.device | str = "cpu") -> Tensor:
         """uint8 [N, H, Y] of zeros."""
         return torch.zeros((pages, heads, self.nbytes), dtype=torch.uint8, device=device)
+
+
+@dataclass(frozen=True)
+class Records:
+    """Keys or values as the codecs pack them, one vector behind another, scalars apart: no pages.
+
+    What a cache that grows by concatenation holds; a sequence's head is one page of any length.
+    """
+
+    format: VectorFormat
+
+    @cached_property
+    def planes(self) -> tuple[Plane, ...]:
+        """In the order of the packed bytes."""
+        pages = HalfPage(self.format, PAGE_TOKENS[0]).planes
+        return tuple(replace(p, first=p.packed, stride=self.format.packed) for p in pages)
+
+
+@dataclass(frozen=True)
+class RecordFormat:
+    """Keys and values of one layer."""
+
+    key: Records
+    value: Records
+    tokens: int = 0  # of a page: there is but one
+
+    @classmethod
+    def of(cls, key: VectorFormat, value: VectorFormat) -> "RecordFormat":
+        """As `PageFormat.of`."""
+        return cls(Records(key), Records(value))
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,30 @@ def coded_vectors(packed_HTP: Tensor, scalars_HT: Tensor | None, format: VectorF
     return unit_HTC * scalars_HT.double()[..., None]
 
 
+def softmax_sums(
+    query_HGC: Tensor,
+    key_HTC: Tensor,
+    value_HTV: Tensor,
+    *,
+    softcap: float = 0.0,
+    offset_HG: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """m, l and Σ exp(s - m) · value of one sequence, float64; see `cpu.PackedDecoder.attend`."""
+    heads, group, _ = query_HGC.shape
+    if not key_HTC.shape[1]:
+        lowest = torch.full((heads, group), -1e30 * math.log(2), dtype=torch.float64)
+        nothing = torch.zeros((heads, group, value_HTV.shape[-1]), dtype=torch.float64)
+        return lowest, torch.zeros_like(lowest), nothing
+    score_HGT = query_HGC.double() @ key_HTC.mT
+    if offset_HG is not None:
+        score_HGT = score_HGT + offset_HG.double()[..., None]
+    if softcap:
+        score_HGT = softcap * torch.tanh(score_HGT / softcap)
+    m_HG = score_HGT.amax(-1)
+    weight_HGT = (score_HGT - m_HG[..., None]).exp()
+    return m_HG, weight_HGT.sum(-1), weight_HGT @ value_HTV
+
+
 def attend_packed_reference(
     query_BHGC: Tensor,
     keys_NHY: Tensor,
@@ -40,26 +64,15 @@ def attend_packed_reference(
     *,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """m, l and sums of values, as `cpu.PackedDecoder.attend`, all float64."""
-    batch, heads, group, _ = query_BHGC.shape
-    lowest = -1e30 * math.log(2)
-    m = torch.full((batch, heads, group), lowest, dtype=torch.float64)
-    total = torch.zeros((batch, heads, group), dtype=torch.float64)
-    out = torch.zeros((batch, heads, group, pages.value.format.channels), dtype=torch.float64)
+    """m, l and sums of values over pages, as `cpu.PackedDecoder.attend`, all float64."""
+    found = []
     for b, (first, last) in enumerate(ranges):
-        if first >= last:
-            continue
-        at_T = torch.arange(first, last)
+        at_T = torch.arange(first, max(first, last))
         slots_T = table_BW[b, at_T // pages.tokens].long() * pages.tokens + at_T % pages.tokens
         key_HTC = coded_vectors(*read_vectors(keys_NHY, pages.key, slots_T), pages.key.format)
         value_HTV = coded_vectors(
             *read_vectors(values_NHY, pages.value, slots_T), pages.value.format
         )
-        score_HGT = query_BHGC[b].double() @ key_HTC.mT
-        if softcap:
-            score_HGT = softcap * torch.tanh(score_HGT / softcap)
-        m[b] = score_HGT.amax(-1)
-        weight_HGT = (score_HGT - m[b][..., None]).exp()
-        total[b] = weight_HGT.sum(-1)
-        out[b] = weight_HGT @ value_HTV
+        found.append(softmax_sums(query_BHGC[b], key_HTC, value_HTV, softcap=softcap))
+    m, total, out = (torch.stack(parts) for parts in zip(*found, strict=True))
     return m, total, out

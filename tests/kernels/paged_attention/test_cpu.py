@@ -8,11 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stillhouse.kernels.paged_attention import FP8, PageFormat, VectorFormat, cpu
+from stillhouse.kernels.paged_attention import FP8, PageFormat, RecordFormat, VectorFormat, cpu
+from stillhouse.kernels.paged_attention.cpu import PackedHalf
 from stillhouse.kernels.paged_attention.cpu_ir import DecodeSpec, emit
-from stillhouse.kernels.paged_attention.reference import attend_packed_reference
+from stillhouse.kernels.paged_attention.reference import (
+    attend_packed_reference,
+    coded_vectors,
+    softmax_sums,
+)
 from stillhouse.kernels.turboquant import ChannelGroup
-from tests.kernels.paged_attention.packed_pages import Filled, filled
+from tests.kernels.paged_attention.packed_pages import Filled, filled, vectors
 
 MIXED_KEY = VectorFormat((ChannelGroup(16, 5), ChannelGroup(32, 3), ChannelGroup(8, 1)))
 MIXED_VALUE = VectorFormat((ChannelGroup(24, 4), ChannelGroup(40, 2)))
@@ -23,10 +28,10 @@ def pages_of(dim: int, key: int, value: int, tokens: int = 16) -> PageFormat:
     return PageFormat.of(VectorFormat.uniform(dim, key), VectorFormat.uniform(dim, value), tokens)
 
 
-def attend(format: PageFormat, made: Filled, ranges: list[tuple[int, int]], **how):
-    threads = how.pop("threads", 1)
+def attend(format: PageFormat, made: Filled, ranges: list[tuple[int, int]], threads=1, **how):
     found = cpu.decoder(format, made.query.shape[2], **how)
-    return found.attend(made.query, made.keys, made.values, made.table, ranges, threads)
+    halves = PackedHalf(made.keys), PackedHalf(made.values)
+    return found.attend(made.query, *halves, ranges, made.table, threads=threads)
 
 
 def assert_close(
@@ -83,6 +88,70 @@ def test_ragged_empty_and_cut_ranges(
     ranges = [(min(pair), max(pair)) for pair in ends]
     made = filled(format, [last for _, last in ranges], heads=2, group=2, seed=seed)
     assert_close(format, made, ranges, softcap=softcap)
+
+
+RECORDS = {
+    "k4v3": RecordFormat.of(VectorFormat.uniform(64, 4), VectorFormat.uniform(64, 3)),
+    "fp8": RecordFormat.of(VectorFormat.uniform(80, FP8), VectorFormat.uniform(80, FP8)),
+    "mixed": RecordFormat.of(MIXED_KEY, MIXED_VALUE),
+}
+
+
+@settings(max_examples=30)
+@given(
+    st.sampled_from(list(RECORDS)),
+    st.integers(16, 70),
+    st.lists(st.integers(0, 54), min_size=1, max_size=3),
+    st.integers(1, 54),
+    st.booleans(),
+)
+def test_records_of_any_length(
+    name: str, tokens: int, firsts: list[int], length: int, capped: bool
+) -> None:
+    """Nothing past the last vector is read, and an offset is added before the cap."""
+    format, draw = RECORDS[name], torch.Generator().manual_seed(tokens)
+    batch, heads, group, softcap = len(firsts), 2, 3, 3.0 * capped
+    halves = []
+    for half in (format.key, format.value):
+        packed, scalars = vectors(half.format, batch * heads, tokens, draw)
+        shape = (batch, heads, tokens)
+        scalars = None if scalars is None else scalars.view(shape)
+        halves.append(PackedHalf(packed.view(*shape, -1), scalars))
+    query = torch.randn((batch, heads, group, format.key.format.channels), generator=draw) / 3
+    offset = torch.randn((batch, heads, group), generator=draw)
+    ranges = [(first, max(min(first + length, tokens), 16)) for first in firsts]
+    found = cpu.decoder(format, group, softcap).attend(
+        query, *halves, ranges, offset_BHG=offset, threads=1
+    )
+    for b, (first, last) in enumerate(ranges):
+        whole = [
+            coded_vectors(
+                half.vectors[b], None if half.scalars is None else half.scalars[b], part.format
+            )[:, first:last]
+            for half, part in zip(halves, (format.key, format.value), strict=True)
+        ]
+        expected = softmax_sums(query[b], *whole, softcap=softcap, offset_HG=offset[b])
+        for one, two in zip((part[b].double() for part in found), expected, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+def test_records_that_do_not_fit_are_refused() -> None:
+    format = RECORDS["k4v3"]
+    keys, values = (
+        PackedHalf(torch.zeros((1, 2, 20, half.format.packed), dtype=torch.uint8),
+                   torch.zeros((1, 2, 20)).half())
+        for half in (format.key, format.value)
+    )  # fmt: skip
+    query = torch.zeros((1, 2, 1, 64))
+    attend = cpu.decoder(format, 1).attend
+    with pytest.raises(ValueError, match="1 ranges within 20 tokens"):
+        attend(query, keys, values, [(0, 21)])
+    with pytest.raises(ValueError, match="end at 16 or later"):
+        attend(query, keys, values, [(0, 15)])
+    with pytest.raises(ValueError, match="packed keys, uint8"):
+        attend(query, PackedHalf(keys.vectors), values, [(0, 20)])
+    with pytest.raises(ValueError, match="packed values, uint8"):
+        attend(query, keys, PackedHalf(values.vectors[..., 1:], values.scalars), [(0, 20)])
 
 
 def test_splits_and_threads() -> None:
@@ -148,12 +217,10 @@ def test_what_does_not_fit_is_refused() -> None:
         (changed(keys=made.keys[..., 1:]), span, "half pages of keys, uint8"),
         (changed(values=made.values[:, :1]), span, "half pages of values, uint8"),
         (changed(table=made.table.long()), span, "expected an int32 table of 1 rows"),
-        (made, [(0, 33)], "ranges within the 32 tokens"),
-        (made, [(0, 5), (0, 5)], "table of 1 rows"),
+        (made, [(0, 33)], "1 ranges within 32 tokens"),
+        (made, [(0, 5), (0, 5)], "1 ranges within 32 tokens"),
         (changed(table=made.table + 2), span, "expected pages from 0 to 2, found"),
         (changed(table=made.table - 3), span, "expected pages from 0 to 2, found"),
     ):
         with pytest.raises(ValueError, match=words):
-            cpu.decoder(format, 3).attend(
-                wrong.query, wrong.keys, wrong.values, wrong.table, ranges
-            )
+            attend(format, wrong, ranges)
