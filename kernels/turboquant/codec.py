@@ -200,6 +200,19 @@ class MseCodec:
             self.scalar,
         )
 
+    @property
+    def coded_groups(self) -> tuple[ChannelGroup, ...]:
+        """All channels, alike."""
+        return (ChannelGroup(self.head_dim, self.bits),)
+
+    def query_in_coded(self, query_BHGD: Tensor) -> Tensor:
+        """float32 [B, H, G, D]: its product with a coded vector is the query's with the decoded."""
+        return self.rotation.rotate(query_BHGD)
+
+    def from_coded(self, coded_BHGD: Tensor) -> Tensor:
+        """What sums of coded vectors decode to, float32 [B, H, G, D]."""
+        return self.rotation.rotate_back(coded_BHGD)
+
     def _on_triton(self, tensor: Tensor) -> bool:
         """Whether the Triton kernels do it: on CUDA, for the bits and head sizes they have."""
         return tensor.is_cuda and self.bits <= 5 and self.head_dim <= 256 and has_triton()

@@ -180,11 +180,29 @@ class FittedCodec:
             coded_BHTC = cpu_codec.decode(packed.indices, self._scale(packed), self._cpu_tables)
         else:
             coded_BHTC = self._coded_vectors(packed)
-        return self._from_coded(coded_BHTC).to(dtype)
+        return (self.from_coded(coded_BHTC) + self.fit.mean_HD[:, None]).to(dtype)
 
     def decode_reference(self, packed: PackedVectors) -> Tensor:
         """As `decode` to float32 on any device, by PyTorch."""
-        return self._from_coded(self._coded_vectors(packed))
+        return self.from_coded(self._coded_vectors(packed)) + self.fit.mean_HD[:, None]
+
+    @property
+    def coded_groups(self) -> tuple[ChannelGroup, ...]:
+        """Those with bits."""
+        return self._groups
+
+    def query_in_coded(self, query_BHGD: Tensor) -> Tensor:
+        """float32 [B, H, G, C]: its product with a coded vector is the query's with the decoded,
+        but for the product with the mean."""
+        if self.fit.inverse_HDD is None:
+            return query_BHGD[..., : self._coded]
+        return query_BHGD @ self.fit.inverse_HDD[..., : self._coded]
+
+    def from_coded(self, coded_BHGC: Tensor) -> Tensor:
+        """What sums of coded vectors decode to, float32 [B, H, G, D], without means."""
+        if self.fit.inverse_HDD is None:
+            return pad(coded_BHGC, (0, self.head_dim - self._coded))
+        return coded_BHGC @ self.fit.inverse_HDD[..., : self._coded].mT
 
     def _scale(self, packed: PackedVectors) -> Tensor:
         return packed.scalars.float() / math.sqrt(self._coded)
@@ -195,13 +213,6 @@ class FittedCodec:
         indices = [unpack(p, g.bits, g.channels) for p, g in zip(planes, self._groups, strict=True)]
         parts = [self._look_up(i.int(), g.bits) for i, g in zip(indices, self._groups, strict=True)]
         return torch.cat(parts, dim=-1) * self._scale(packed)[..., None]
-
-    def _from_coded(self, coded_BHTC: Tensor) -> Tensor:
-        if self.fit.inverse_HDD is None:
-            x_BHTD = pad(coded_BHTC, (0, self.head_dim - self._coded))
-        else:
-            x_BHTD = coded_BHTC @ self.fit.inverse_HDD[..., : self._coded].mT
-        return x_BHTD + self.fit.mean_HD[:, None]
 
     def _encode_on_cpu(self, x_BHTD: Tensor) -> PackedVectors:
         from stillhouse.kernels.turboquant import cpu_codec

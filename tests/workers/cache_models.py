@@ -30,12 +30,12 @@ def llama():
     return LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, initializer_range=0.2, **SIZES)).eval()
 
 
-def gemma():
+def gemma(window=WINDOW):
     torch.manual_seed(0)
     config = Gemma3TextConfig(
         num_hidden_layers=3,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-        sliding_window=WINDOW,
+        sliding_window=window,
         initializer_range=0.2,
         **SIZES,
     )

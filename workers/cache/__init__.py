@@ -1,5 +1,6 @@
 """Key/value caches for transformers that hold packed vectors."""
 
+from stillhouse.workers.cache.packed_attention import PACKED_ATTENTION
 from stillhouse.workers.cache.plan import PLAN_FILES, CachePlan, FittedScheme, LayerPlan
 from stillhouse.workers.cache.scheme import (
     CACHE_KINDS,
@@ -14,6 +15,7 @@ from stillhouse.workers.cache.vllm_presets import VLLM_PRESETS, VllmScheme
 
 __all__ = [
     "CACHE_KINDS",
+    "PACKED_ATTENTION",
     "PLAN_FILES",
     "VLLM_PRESETS",
     "CacheFactory",

@@ -139,13 +139,14 @@ class Rows:
         return max(self.start, self.sinks.count if self.sinks else 0)
 
     @property
-    def _packed_length(self) -> int:
+    def packed_length(self) -> int:
+        """How many slots are packed."""
         return tensors_of(self.packed)[0].shape[2]
 
     @property
     def _first_recent(self) -> int:
         """Where `recent_BHTD` begins, in slots after `first_packed`."""
-        return self._packed_length - self.overlap
+        return self.packed_length - self.overlap
 
     def appended(self, x_BHTD: Tensor, slot: int, hold: bool = False) -> "Rows":
         """With the tokens of x at slots from `slot` on; NotFiniteError as the codec's.
@@ -173,7 +174,7 @@ class Rows:
         """
         skip, recent_at = max(first - self.first_packed, 0), self._first_recent
         edge = max(read_at - self.recent_limit - self.first_packed, recent_at)
-        edge = min(edge, self._packed_length)
+        edge = min(edge, self.packed_length)
         packed = map_tensors(self.packed, lambda tensor: tensor[:, :, skip:edge])
         recent = self.recent_BHTD[:, :, max(skip, edge) - recent_at :]
         parts = [self.codec.decode(packed, dtype), recent.to(dtype)]
@@ -191,7 +192,7 @@ class Rows:
         dropped = rest.first_packed - self.first_packed
         if not dropped:
             return rest
-        return rest._cut(slice(dropped, None), slice(max(dropped - self._packed_length, 0), None))
+        return rest._cut(slice(dropped, None), slice(max(dropped - self.packed_length, 0), None))
 
     def without_last(self, slots: int) -> "Rows":
         """Without the last slots, and with `recent_limit` slots in 16 bits at most.

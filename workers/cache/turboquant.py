@@ -29,6 +29,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
 
 from stillhouse.kernels.turboquant import VectorCodec
+from stillhouse.workers.cache.packed_attention import PackedStates
 from stillhouse.workers.cache.rows import Rows
 from stillhouse.workers.cache.scheme import CACHE_KINDS, CacheScheme, ObliviousScheme
 
@@ -47,8 +48,10 @@ class _TurboQuantLayer(CacheLayerMixin):
         index: int,
         window: int | None,
         padding: Sequence[int] | None,
+        attend_packed: bool,
     ) -> None:
         CacheLayerMixin.__init__(self)
+        self._attend_packed = attend_packed
         self._scheme, self._index, self._window, self._padding = scheme, index, window, padding
         self._rows: tuple[Rows, ...] = ()
         self.is_sliding = window is not None
@@ -103,6 +106,11 @@ class _TurboQuantLayer(CacheLayerMixin):
         )
         self.cumulative_length += key_states.shape[2]
         end, dtype = self.cumulative_length, key_states.dtype
+        if self._attend_packed and key_states.shape[2] == 1 and not self.record_past:
+            found = PackedStates.of(states, self._rows, (first, end))
+            if found is not None:
+                self._drop_unseen()
+                return found
         # Only matters while tokens may be taken back: drafts must not push others out of `recent`.
         read_at = slot + 1 if slot else end
         keys, values = (rows.decode(first, end, dtype, read_at) for rows in self._rows)
@@ -175,7 +183,9 @@ class TurboQuantCache(Cache):
     config: of the model (its text part is used); full, sliding and chunked attention layers.
     scheme: the codecs and windows; 4-bit keys `unbiased` and values `least_squares` by default.
     padding: how many pads stand before each sequence, so that its sinks are found; None for no
-    left padding. No gradient flows through the cache.
+    left padding. attend_packed: for a model with `PACKED_ATTENTION` set, whose generated tokens
+    then read the packed vectors where a CPU can, without decoding the cache at each step. No
+    gradient flows through the cache.
 
     ValueError: another kind of layer (such as linear attention), keys or values that the scheme
     was not made for, or on the CPU those that are not finite. RuntimeError from `crop`: tokens that
@@ -187,10 +197,11 @@ class TurboQuantCache(Cache):
         config: PreTrainedConfig,
         scheme: CacheScheme | None = None,
         padding: Sequence[int] | None = None,
+        attend_packed: bool = False,
     ) -> None:
         self.scheme = scheme or ObliviousScheme()
         self._packed_layers = [
-            _TurboQuantLayer(self.scheme, index, window, padding)
+            _TurboQuantLayer(self.scheme, index, window, padding, attend_packed)
             for index, window in enumerate(layer_windows(config))
         ]
         super().__init__(layers=list(self._packed_layers))
