@@ -1,24 +1,22 @@
 """Decode attention over packed pages on a CPU: nothing is decoded but into registers.
 
-Compiled by LLVM for the processor it runs on, once a page format, group size and process (a tenth
-of a second to a second), and run by threads over sequences, heads and splits of long contexts.
+Compiled for the processor it runs on, once a format and group size (`cpu_compile`), and run by
+threads over sequences, heads and splits of long contexts.
 
 Shape suffixes: B sequences, H key/value heads, G queries of each, N pages, Y bytes of a page, S
 splits, C coded channels of a key, V padded channels of a value.
 """
 
-import ctypes
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import llvmlite.binding as llvm
 import torch
 from torch import Tensor
 
-from stillhouse.kernels.paged_attention.cpu_ir import NAME, DecodeSpec, emit, value_lanes
+from stillhouse.kernels.paged_attention.cpu_compile import compiled, processor
+from stillhouse.kernels.paged_attention.cpu_ir import DecodeSpec, value_lanes
 from stillhouse.kernels.paged_attention.pages import (
     HalfPage,
     PageFormat,
@@ -30,49 +28,6 @@ from stillhouse.kernels.turboquant import gaussian_codebook
 
 _LN2 = 0.6931471805599453
 SPLIT_TOKENS = 2048  # a thread's work is one split: small enough to balance, large enough to pay
-_POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-_SIGNATURE = (
-    _POINTER, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER,
-    _POINTER, _POINTER, _FLOAT, _POINTER, _POINTER,
-)  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Compiled:
-    """A function's address and what keeps it alive."""
-
-    call: Any
-    engine: Any
-    text: str
-
-
-@cache
-def _target() -> tuple[Any, str]:
-    """This processor, and how a table of 16 floats is read on it."""
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    found = llvm.get_host_cpu_features()
-    permute = "avx512" if found.get("avx512f") else "avx2" if found.get("avx2") else ""
-    features = found.flatten() + (",-prefer-256-bit" if permute == "avx512" else "")
-    target = llvm.Target.from_default_triple()
-    name = llvm.get_host_cpu_name()
-    return target.create_target_machine(cpu=name, features=features, opt=3), permute
-
-
-@cache
-def compiled(spec: DecodeSpec) -> Compiled:
-    """The function of `cpu_ir.emit`, optimised for this processor."""
-    machine, _ = _target()
-    module = llvm.parse_assembly(emit(spec))
-    module.verify()
-    options = llvm.create_pipeline_tuning_options(speed_level=3)
-    passes = llvm.create_pass_builder(machine, options)
-    passes.getModulePassManager().run(module, passes)
-    text = machine.emit_assembly(module)
-    engine = llvm.create_mcjit_compiler(module, machine)
-    engine.finalize_object()
-    call = ctypes.CFUNCTYPE(None, *_SIGNATURE)(engine.get_function_address(NAME))
-    return Compiled(call, engine, text)
 
 
 def _books(pages: PageFormat | RecordFormat) -> Tensor:
@@ -113,9 +68,7 @@ class PackedDecoder:
 
     def __init__(self, pages: PageFormat | RecordFormat, group: int, softcap: float = 0.0) -> None:
         self.pages, self.group, self._cap = pages, group, softcap / _LN2
-        _, permute = _target()
-        # The code stays in memory as long as its engine does.
-        self._code = compiled(DecodeSpec(pages, group, bool(softcap), permute))
+        self._code = compiled(DecodeSpec(pages, group, bool(softcap), processor().permute))
         self._books = _books(pages)
         starts = value_lanes(pages.value.format)
         self._width = starts[-1]

@@ -2,13 +2,21 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stillhouse.kernels.paged_attention import FP8, PageFormat, RecordFormat, VectorFormat, cpu
+from stillhouse.kernels.paged_attention import (
+    FP8,
+    PageFormat,
+    RecordFormat,
+    VectorFormat,
+    cpu,
+    cpu_compile,
+)
 from stillhouse.kernels.paged_attention.cpu import PackedHalf
 from stillhouse.kernels.paged_attention.cpu_ir import DecodeSpec, emit
 from stillhouse.kernels.paged_attention.reference import (
@@ -224,3 +232,34 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             attend(format, wrong, ranges)
+
+
+def test_code_is_kept_and_a_damaged_file_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path))
+    format = pages_of(16, 2, 2)
+    made = filled(format, [20], heads=1, group=1)
+    spec = DecodeSpec(format, 1, False, cpu_compile.processor().permute)
+    outputs, written = [], []
+    for damage in (False, True, False):
+        cpu_compile.compiled.cache_clear()
+        cpu.decoder.cache_clear()
+        outputs.append(attend(format, made, [(0, 20)])[2])
+        [file] = (tmp_path / "compiled").iterdir()
+        written.append(file.read_bytes())
+        if damage:
+            file.write_bytes(written[-1][:-1])
+    assert written[0] == written[1] == written[2]
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+    assert "attend" in cpu_compile.assembly(spec)
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "file"))
+    format = pages_of(16, 1, 1)
+    assert_close(format, filled(format, [20], heads=1, group=1), [(0, 20)])
