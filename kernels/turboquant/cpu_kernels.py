@@ -128,7 +128,8 @@ def encode_rows(
         for c in range(coded):
             square += np.float64(y_C[c]) * y_C[c]
         norm = np.float32(math.sqrt(square))
-        to_unit = root / norm if norm > 0 else np.float32(0)
+        # float16 stores 0 for a norm this small; its quotient would overflow.
+        to_unit = root / norm if norm > _TINY else np.float32(0)
         for c in range(coded):
             y_C[c] *= to_unit
         start, place = 0, 0

@@ -128,8 +128,9 @@ def test_records_of_any_length(
     query = torch.randn((batch, heads, group, format.key.format.channels), generator=draw) / 3
     offset = torch.randn((batch, heads, group), generator=draw)
     ranges = [(first, max(min(first + length, tokens), 16)) for first in firsts]
+    keys, values = halves
     found = cpu.decoder(format, group, softcap).attend(
-        query, *halves, ranges, offset_BHG=offset, threads=1
+        query, keys, values, ranges, offset_BHG=offset, threads=1
     )
     for b, (first, last) in enumerate(ranges):
         whole = [

@@ -88,6 +88,15 @@ def test_what_float16_cannot_hold_is_counted(value):
         MseCodec(64, 4, "norm").encode(x)
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-40, 1e-30, 1e-19, 1e-9])
+def test_tiny_vectors_decode_to_zeros(size):
+    for codec in (MseCodec(64, 4, "unbiased"), fitted(GROUPS[1], "unbiased")):
+        mean = codec.fit.mean_HD[:, None] if isinstance(codec, FittedCodec) else 0
+        x = torch.full((1, 3, 2, 64), size) + mean
+        decoded = codec.decode(codec.encode(x))
+        torch.testing.assert_close(decoded, x, atol=1e-7, rtol=1e-3)
+
+
 def test_tables_are_views_and_what_is_not_is_counted():
     codec = fitted(GROUPS[0], "unbiased")
     before = codec.nbytes
