@@ -9,6 +9,7 @@ Shape suffixes: B batch, H key/value heads, T tokens, D head size, C coded chann
 heads with a map of their own (1 or H), P packed bytes, R channel groups.
 """
 
+import ctypes
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,10 @@ _KINDS = {
     "least_squares": cpu_kernels.LEAST_SQUARES,
 }
 Array = np.ndarray[Any, Any]
+_POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
+_ENCODE = ctypes.CFUNCTYPE(_LONG, _POINTER, _LONG, _LONG, *[_POINTER] * 9)(
+    cpu_kernels.encode_rows.address
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +41,8 @@ class CpuTables:
     """What the loops read, float32 and contiguous; views of the codec's tables where they can be.
 
     map_GDD: a column a channel, the coded ones first; G = 0 for the identity. groups_R4: channels,
-    bits, first centroid and first boundary of each coded group.
+    bits, first centroid and first boundary of each coded group. sizes: as `encode_rows` has them.
+    pointers: to sizes and the others, in its order.
     """
 
     mean_GD: Array
@@ -45,9 +51,10 @@ class CpuTables:
     groups_R4: Array
     centroids: Array
     boundaries: Array
-    kind: int
+    sizes: Array
     coded: int
     packed: int
+    pointers: tuple[Any, ...]
 
     @classmethod
     def build(
@@ -67,23 +74,33 @@ class CpuTables:
             boundaries += boundary.numel()
         columns_GDD = mean_GD.new_empty((0, 0, 0)) if map_GDD is None else map_GDD.mT
         all_centroids, all_boundaries = map(_joined, zip(*books, strict=True))
-        return cls(
-            _floats(mean_GD),
-            _floats(columns_GDD),
-            _floats(weight_GD),
-            np.array(rows, dtype=np.int64),
-            _floats(all_centroids),
-            _floats(all_boundaries),
-            _KINDS[scalar],
-            coded=sum(group.channels for group in groups),
-            packed=sum(packed_bytes(group.channels, group.bits) for group in groups),
-        )
+        arrays = {
+            "mean_GD": _floats(mean_GD),
+            "map_GDD": _floats(columns_GDD),
+            "weight_GD": _floats(weight_GD),
+            "groups_R4": np.array(rows, dtype=np.int64),
+            "centroids": _floats(all_centroids),
+            "boundaries": _floats(all_boundaries),
+        }
+        packed = sum(packed_bytes(group.channels, group.bits) for group in groups)
+        sizes = np.array(
+            (*mean_GD.shape, len(columns_GDD), len(rows), centroids, boundaries, packed,
+             _KINDS[scalar]), dtype=np.int64,
+        )  # fmt: skip
+        coded = sum(group.channels for group in groups)
+        # ctypes objects, made once: a generated token's few vectors take less time than these.
+        pointers = tuple(ctypes.c_void_p(x.ctypes.data) for x in (sizes, *arrays.values()))
+        return cls(**arrays, sizes=sizes, coded=coded, packed=packed, pointers=pointers)
+
+    def __deepcopy__(self, _memo: object) -> "CpuTables":
+        """The same: nothing writes into tables, and the pointers are to these."""
+        return self
 
     def bytes_apart(self, tables: Iterable[Tensor]) -> int:
         """Bytes of what is no view of these."""
         known = {table.data_ptr() for table in tables}
         arrays = (self.mean_GD, self.map_GDD, self.weight_GD, self.groups_R4)
-        all_arrays = (*arrays, self.centroids, self.boundaries)
+        all_arrays = (*arrays, self.centroids, self.boundaries, self.sizes)
         return sum(array.nbytes for array in all_arrays if array.ctypes.data not in known)
 
 
@@ -93,25 +110,21 @@ def encode(x_D: Tensor, tables: CpuTables) -> PackedVectors:
     Where all heads share a map any leading axes do.
     """
     axes = x_D.shape[:-1]
-    tokens = axes[-1] if tables.mean_GD.shape[0] > 1 else 1
     indices = torch.empty((*axes, tables.packed), dtype=torch.uint8)
-    scalars = torch.empty(axes, dtype=torch.float32)
-    if not scalars.numel():
-        return PackedVectors(indices, scalars.half())
-    lost = cpu_kernels.encode_rows(
-        x_D.detach().float().reshape(-1, x_D.shape[-1]).contiguous().numpy(),
-        tokens,
-        tables.mean_GD,
-        tables.map_GDD,
-        tables.weight_GD,
-        tables.groups_R4,
-        tables.centroids,
-        tables.boundaries,
-        tables.kind,
-        indices.view(-1, tables.packed).numpy(),
-        scalars.view(-1).numpy(),
+    scalars = torch.empty(axes, dtype=torch.float16)
+    packed = PackedVectors(indices, scalars)
+    count = scalars.numel()
+    if not count:
+        return packed
+    x_D = x_D.detach().float().contiguous()
+    lost = _ENCODE(
+        x_D.data_ptr(),
+        count,
+        axes[-1] if len(tables.mean_GD) > 1 else 1,
+        *tables.pointers,
+        indices.data_ptr(),
+        scalars.data_ptr(),
     )
-    packed = PackedVectors(indices, scalars.half())
     if lost:
         packed.require_finite()
     return packed

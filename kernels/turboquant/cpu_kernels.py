@@ -14,15 +14,12 @@ import math
 
 import numba
 import numpy as np
+from numba import types
 
 NORM, CORRECTED, UNBIASED, LEAST_SQUARES = range(4)  # which scalar
 _TINY = np.float32(1e-20)
 _OVERFLOW = np.float32(65520)  # rounds to an infinity in float16
 _OPTIONS = {"cache": True, "nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
-_ENCODE = (
-    "int64(float32[:,::1], int64, float32[:,::1], float32[:,:,::1], float32[:,::1], int64[:,::1],"
-    "float32[::1], float32[::1], int64, uint8[:,::1], float32[::1])"
-)
 _DECODE = "void(uint8[:,::1], float32[::1], int64[:,::1], float32[::1], float32[:,::1])"
 
 
@@ -96,20 +93,32 @@ def _look_up(row, bits, book, scale, out):
             out[e * eighth + j] = scale * book[index]
 
 
-@numba.njit(_ENCODE, **_OPTIONS)
-def encode_rows(
+@numba.njit(**_OPTIONS)
+def _half(value, room):
+    """The bits of the nearest float16, ties to even; room: one float32, to look at bits."""
+    room[0] = value
+    bits = room.view(np.uint32)[0]
+    sign, size = (bits >> 16) & 0x8000, bits & 0x7FFFFFFF
+    if size > 0x7F800000:
+        return np.uint16(sign | 0x7E00)  # no number
+    if size >= 0x47800000:  # 65,536
+        return np.uint16(sign | 0x7C00)
+    if size < 0x38800000:  # 2^-14: steps of 2^-24
+        return np.uint16(sign | np.uint32(np.rint(abs(np.float64(value)) * 16777216.0)))
+    size += 0xFFF + ((size >> 13) & 1)
+    return np.uint16(sign | ((size - 0x38000000) >> 13))
+
+
+@numba.njit(**_OPTIONS)
+def _encode(
     x_ND, tokens, mean_GD, map_GDD, weight_GD, groups_R4, centroids, boundaries, kind, out_NP, out_N
 ):
-    """Vectors, T tokens of each head in turn, to packed rows and float32 scalars.
-
-    Returns how many scalars float16 cannot hold, or are no numbers. map_GDD: a column a channel,
-    the coded ones first; without any (G = 0) the map is the identity.
-    """
     heads, dim = mean_GD.shape
     coded = groups_R4[:, 0].sum()
     y_C = np.empty(coded, np.float32)
     index_C = np.empty(coded, np.uint8)
     near_C = np.empty(coded, np.float32)
+    room = np.empty(1, np.float32)
     root = np.float32(math.sqrt(coded))
     lost = 0
     for n in range(x_ND.shape[0]):
@@ -144,9 +153,45 @@ def encode_rows(
             start += channels
             place += channels * bits // 8
         scalar = norm * _factor(kind, y_C, near_C, weight_GD[g])
-        out_N[n] = scalar
+        out_N[n] = _half(scalar, room)
         lost += not abs(scalar) < _OVERFLOW
     return lost
+
+
+_FLOATS, _BYTES = types.CPointer(types.float32), types.CPointer(types.uint8)
+_INTEGERS, _HALVES = types.CPointer(types.int64), types.CPointer(types.uint16)
+
+
+@numba.cfunc(
+    types.int64(
+        _FLOATS, types.int64, types.int64, _INTEGERS, _FLOATS, _FLOATS, _FLOATS, _INTEGERS, _FLOATS,
+        _FLOATS, _BYTES, _HALVES,
+    ),
+    cache=True,
+)  # fmt: skip
+def encode_rows(
+    x, count, tokens, sizes, mean, maps, weight, groups, centroids, boundaries, out, scalars
+):
+    """`count` vectors, `tokens` of each head in turn, to packed rows and float16 scalars.
+
+    Returns how many scalars float16 cannot hold, or are no numbers. sizes: heads with a mean of
+    their own, D, heads with a map of their own (0: the identity), R, numbers of centroids and of
+    boundaries, P, and which scalar. maps: [G, D, D], a column a channel, the coded ones first.
+    """
+    heads, dim, mapped, groups_count, books, edges, packed, kind = numba.carray(sizes, 8)
+    return _encode(
+        numba.carray(x, (count, dim)),
+        tokens,
+        numba.carray(mean, (heads, dim)),
+        numba.carray(maps, (mapped, dim, dim)),
+        numba.carray(weight, (heads, dim)),
+        numba.carray(groups, (groups_count, 4)),
+        numba.carray(centroids, books),
+        numba.carray(boundaries, edges),
+        kind,
+        numba.carray(out, (count, packed)),
+        numba.carray(scalars, count),
+    )
 
 
 @numba.njit(_DECODE, **_OPTIONS)

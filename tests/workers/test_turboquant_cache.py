@@ -115,7 +115,7 @@ def test_bytes_are_those_of_the_format(model, bits, record):
     # A sliding layer keeps WINDOW - 1 tokens. Tables: one codec each for keys and values:
     # matrix, signs, codebook, and the compiled loops' mean, weights and four int64.
     kept = [WINDOW - 1 if sliding else 20 for sliding in cache.is_sliding]
-    tables = 2 * (4 * (HEAD_DIM**2 + 3 * HEAD_DIM + 2 * 2**bits - 1) + 4 * 8)
+    tables = 2 * (4 * (HEAD_DIM**2 + 3 * HEAD_DIM + 2 * 2**bits - 1) + 12 * 8)
     assert cache.nbytes == 3 * HEADS * 2 * record * sum(kept) + tables
 
 

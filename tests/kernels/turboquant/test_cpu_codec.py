@@ -101,11 +101,11 @@ def test_tables_are_views_and_what_is_not_is_counted():
     codec = fitted(GROUPS[0], "unbiased")
     before = codec.nbytes
     codec.encode(gaussian(1, 3, 2, 64))
-    assert codec.nbytes == before + 4 * 8  # the one row of groups
+    assert codec.nbytes == before + 4 * 8 + 8 * 8  # the one row of groups, and the sizes
     mse = MseCodec(64, 4, "norm")
     before = mse.nbytes
     mse.encode(gaussian(1, 64))
-    assert mse.nbytes == before + 4 * 8 + 2 * 64 * 4  # a mean of zeros and weights of one beside
+    assert mse.nbytes == before + 12 * 8 + 2 * 64 * 4  # a mean of zeros and weights of one beside
 
 
 def test_heads_take_their_own_map():
@@ -114,3 +114,18 @@ def test_heads_take_their_own_map():
     found = codec.encode(x).indices
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0, 0], found[0, 1])  # their means differ
+
+
+@pytest.mark.parametrize("scale", [1e-9, 6e-8, 1e-6, 6.2e-5, 1e-3, 1.0, 700.0, 65_504.0, 65_519.0])
+def test_scalars_round_as_torch_rounds(scale):
+    """Through subnormal numbers, ties and the largest: `norm` stores what it is given."""
+    lengths = scale * (1 - torch.arange(400) / 4096)
+    x = torch.zeros(400, 64)
+    x[:, 3] = lengths
+    packed = MseCodec(64, 1, "norm").encode(x)
+    torch.testing.assert_close(packed.scalars, lengths.half(), rtol=2**-10, atol=2**-24)
+    exact = torch.linspace(0, 8, 257)  # multiples of 1/32 and their halves' ties
+    x = torch.zeros(257, 8)
+    x[:, 0] = exact * (1 + 2**-11)
+    found = MseCodec(8, 1, "norm").encode(x).scalars
+    torch.testing.assert_close(found, MseCodec(8, 1, "norm").encode_reference(x).scalars)

@@ -161,7 +161,7 @@ def test_bytes_are_those_allocated() -> None:
     assert codec.nbytes == 4 * (matrices + books)
     assert codec.encode(normal(2, 3, 7, 64)).nbytes == 2 * 3 * 7 * codec.bytes_per_vector
     # What the loops of a CPU read beside: the books in a row, and four numbers a coded group.
-    assert codec.nbytes == 4 * (matrices + 2 * books) + 3 * 4 * 8
+    assert codec.nbytes == 4 * (matrices + 2 * books) + (3 * 4 + 8) * 8
 
 
 def test_what_does_not_fit_is_refused() -> None:
