@@ -7,7 +7,7 @@ run: `scaled_dot_product_attention` on bfloat16 and on float32 keys and values, 
 A row: the best of several calls over caches that take turns, so that none stays in a processor's
 cache; bytes of the cache; bytes a second; two bounds measured in the same run: the time in which
 these threads read that many bytes, and the time of the multiply-adds and table reads alone (see
-`arithmetic_bound`); the peak of the resident memory above the caches.
+`arithmetic_bound`).
 """
 
 import argparse
@@ -61,7 +61,7 @@ def main() -> None:
         "processor": processor(),
         "threads": asked.threads,
         "read_bytes_per_second": read_rate(),
-        "vector_operations_per_second": operation_rate(asked.threads),
+        "vector_operations_per_second": operation_rate(),
     }
     print(json.dumps(machine))
     rows: list[Row] = []
@@ -111,7 +111,7 @@ def read_rate() -> float:
     return ENOUGH / best([numbers.sum])
 
 
-def operation_rate(threads: int) -> float:
+def operation_rate() -> float:
     """Vector instructions a second on all threads, from a product of matrices in cache.
 
     A product of n³ multiply-adds in float32 is n³ / 16 fused instructions, two a cycle at best on

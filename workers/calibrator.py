@@ -28,6 +28,7 @@ from stillhouse.workers.recall import recalling
 from stillhouse.workers.token_windows import windows
 
 RECALL = 0.5  # docs/decisions/0012-recall.md
+_LENGTHS = 256  # texts whose length is taken
 ROW = 2048  # tokens of a row at most: its backward pass has to fit into memory
 _BITS = tuple(quarters / 4 for quarters in range(4, 21))  # what a quality budget chooses from
 
@@ -166,7 +167,7 @@ def write_plan(lm: LanguageModel, job: CalibrateJob, notify: Callable[[str], Non
         rows,
         sinks=config.sinks,
         recent=config.recent,
-        context=config.context or round(sum(map(len, rows)) / max(len(rows), 1)),
+        context=config.context or _usual_length(lm, job.texts),
         seed=config.seed,
     )
     if config.budget_kl is None:
@@ -177,8 +178,15 @@ def write_plan(lm: LanguageModel, job: CalibrateJob, notify: Callable[[str], Non
     return calibration.tokens
 
 
+def _usual_length(lm: LanguageModel, texts: Sequence[str]) -> int:
+    """Mean tokens of the texts, or of so many from all over them."""
+    some = texts[:: max(len(texts) // _LENGTHS, 1)]
+    lengths = [min(len(lm.encode_prompt(text)), lm.context) for text in some]
+    return max(round(sum(lengths) / max(len(lengths), 1)), 1)
+
+
 def _apart(texts: Sequence[str], wanted: int) -> tuple[list[str], list[str]]:
-    """Texts to fit on, and up to `wanted` others, a quarter at most, evenly from all of them."""
+    """Texts to fit on, and others evenly from all of them: `wanted`, a quarter, or at least one."""
     if not wanted:
         return list(texts), []
     if len(texts) < 2:

@@ -27,10 +27,9 @@ from stillhouse.workers.cache import (
 )
 from stillhouse.workers.models.language_model import Head, LanguageModel, decoder_and_head
 from stillhouse.workers.projection import core, hidden_states
-from stillhouse.workers.protocols import CacheBytes, CacheMeasure, Failed
+from stillhouse.workers.protocols import NOT_STORABLE, CacheBytes, CacheMeasure, Failed
 
 NOT_FINITE = "not_finite: the model gives a token of the text no log-probability"
-NOT_STORABLE = "not_storable"
 CHUNK = 32  # positions at a time: 64 MiB a matrix in float64 at 262,144 words
 
 

@@ -69,6 +69,9 @@ class PairLogp:
     prompt_tokens: int
 
 
+NOT_STORABLE = "not_storable"  # how a Failed's reason begins where a cache cannot hold its vectors
+
+
 @dataclass(frozen=True, slots=True)
 class Failed:
     """A row a worker could not process, and why; it takes the row's place in the answer."""

@@ -7,6 +7,7 @@ Shape suffixes: B sequences, H key/value heads, G queries of each, N pages, Y by
 splits, C coded channels of a key, V padded channels of a value.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -23,7 +24,7 @@ from stillhouse.kernels.paged_attention.pages import (
     RecordFormat,
     Records,
 )
-from stillhouse.kernels.paged_attention.refusals import require
+from stillhouse.kernels.paged_attention.refusals import Inputs, require
 from stillhouse.kernels.turboquant import gaussian_codebook
 
 _LN2 = 0.6931471805599453
@@ -36,7 +37,7 @@ def _books(pages: PageFormat | RecordFormat) -> Tensor:
     for vectors in (pages.key.format, pages.value.format):
         scale = vectors.channels**-0.5  # decoded vectors are centroids · scalar / √C
         for group in vectors.groups:
-            row = torch.zeros(32)
+            row = torch.zeros(32, dtype=torch.float32, device="cpu")
             if not vectors.is_fp8:
                 book = torch.tensor(gaussian_codebook(group.bits).centroids, dtype=torch.float64)
                 row = (book * scale).float().repeat(32 // book.numel())
@@ -47,6 +48,9 @@ def _books(pages: PageFormat | RecordFormat) -> Tensor:
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has no threads
 
 
 class PackedHalf(NamedTuple):
@@ -63,12 +67,20 @@ class PackedHalf(NamedTuple):
 class PackedDecoder:
     """Attends over packed keys and values of one format, in groups of one size; see `decoder`.
 
-    pages: pages or records of both. group: G. softcap: of scores, 0 for none.
+    pages: pages or records of both. group: G. softcap: of scores, 0 for none. permute: how tables
+    are read (`DecodeSpec`), this processor's best by default.
     """
 
-    def __init__(self, pages: PageFormat | RecordFormat, group: int, softcap: float = 0.0) -> None:
+    def __init__(
+        self,
+        pages: PageFormat | RecordFormat,
+        group: int,
+        softcap: float = 0.0,
+        permute: str | None = None,
+    ) -> None:
         self.pages, self.group, self._cap = pages, group, softcap / _LN2
-        self._code = compiled(DecodeSpec(pages, group, bool(softcap), processor().permute))
+        permute = processor().permute if permute is None else permute
+        self._code = compiled(DecodeSpec(pages, group, bool(softcap), permute))
         self._books = _books(pages)
         starts = value_lanes(pages.value.format)
         self._width = starts[-1]
@@ -97,12 +109,16 @@ class PackedDecoder:
         channels: divide by l, or merge with other tokens' sums first. ValueError for shapes,
         dtypes, pages and ranges that do not fit.
         """
-        require(self.pages, self.group, query_BHGC, (keys, values), ranges, table_BW)
+        inputs = Inputs(query_BHGC, (keys, values), ranges, table_BW, offset_BHG)
+        require(self.pages, self.group, inputs)
         batch, heads, group, _ = query_BHGC.shape
         splits = [_splits(*span) for span in ranges]
         most = max(1, *map(len, splits))
-        acc = torch.empty((batch, heads, most, group, self._width))
-        ml = torch.empty((batch, heads, most, group, 2))
+        # Explicit dtypes: a serving engine runs models under a bfloat16 default dtype.
+        acc = torch.empty(
+            (batch, heads, most, group, self._width), dtype=torch.float32, device="cpu"
+        )
+        ml = torch.empty((batch, heads, most, group, 2), dtype=torch.float32, device="cpu")
         if any(len(spans) < most for spans in splits):
             acc.zero_()
             ml[..., 0], ml[..., 1] = -1e30, 0.0
@@ -149,9 +165,12 @@ class PackedDecoder:
         )
         acc_at, ml_at = acc.data_ptr(), ml.data_ptr()
         acc_strides, ml_strides = ([4 * n for n in out.stride()[:3]] for out in (acc, ml))
+        # A thread may still write when its caller was interrupted.
+        alive = (query, offset, halves, table, acc, ml)
 
         def work(item: tuple[int, int, int, int, int]) -> None:
             b, h, s, first, last = item
+            assert alive
             call(
                 *key.at(b, h),
                 *value.at(b, h),

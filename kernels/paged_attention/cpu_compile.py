@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import hashlib
 import os
+import sys
 import tempfile
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +20,7 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 
-from stillhouse.kernels.paged_attention import cpu_ir
+from stillhouse.kernels.paged_attention import cpu_ir, pages
 from stillhouse.kernels.paged_attention.cpu_ir import NAME, DecodeSpec, emit
 
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -28,6 +29,7 @@ _SIGNATURE = (
     _POINTER, _POINTER, _FLOAT, _POINTER, _POINTER,
 )  # fmt: skip
 _DIGEST = 32  # bytes of SHA-256
+_SOURCES = (cpu_ir, pages, sys.modules[__name__])  # what the code depends on
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +69,13 @@ def processor() -> Processor:
 @cache
 def compiled(spec: DecodeSpec) -> Compiled:
     """The function of `cpu_ir.emit`."""
-    path = _folder() / f"{_key(spec)}.o"
-    code = _kept(path)
+    folder = _folder()
+    path = None if folder is None else folder / f"{_key(spec)}.o"
+    code = None if path is None else _kept(path)
     if code is None:
         code = _compile(spec)
-        _keep(path, code)
+        if path is not None:
+            _keep(path, code)
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), processor().machine())
     engine.add_object_file(llvm.object_file.ObjectFileRef.from_data(code))
     engine.finalize_object()
@@ -101,18 +105,22 @@ def _optimised(spec: DecodeSpec, machine: Any) -> Any:
 
 
 def _key(spec: DecodeSpec) -> str:
-    source = Path(cpu_ir.__file__).read_bytes()
+    source = b"".join(Path(str(module.__file__)).read_bytes() for module in _SOURCES)
     host = processor()
     triple = llvm.get_default_triple()
     parts = (repr(spec), triple, host.name, host.features, llvmlite.__version__)
     return hashlib.sha256(source + "\0".join(parts).encode()).hexdigest()
 
 
-def _folder() -> Path:
+def _folder() -> Path | None:
+    """As `workers.models.cache_folder` has it; None for a user without a home."""
     given = os.environ.get("STILLHOUSE_CACHE")
     shared = os.environ.get("XDG_CACHE_HOME")
-    root = Path(shared).expanduser() if shared else Path.home() / ".cache"
-    return (Path(given).expanduser() if given else root / "stillhouse") / "compiled"
+    try:
+        root = Path(shared).expanduser() if shared else Path.home() / ".cache"
+        return (Path(given).expanduser() if given else root / "stillhouse") / "compiled"
+    except RuntimeError:
+        return None
 
 
 def _kept(path: Path) -> bytes | None:

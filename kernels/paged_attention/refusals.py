@@ -4,7 +4,7 @@ Shape suffixes as in `cpu`.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,21 +14,30 @@ from stillhouse.kernels.paged_attention.pages import HalfPage, PageFormat, Recor
 LEAST_RECORDS = 16  # a block of tokens; it reaches back, never past the end
 
 
-def require(
-    pages: PageFormat | RecordFormat,
-    group: int,
-    query: Tensor,
-    packed: Sequence[Any],
-    ranges: Sequence[tuple[int, int]],
-    table: Tensor | None,
-) -> None:
-    """ValueError, with what was expected and found; see `cpu.PackedDecoder.attend`."""
+class Inputs(NamedTuple):
+    """What is read by address; see `cpu.PackedDecoder.attend`. packed: `PackedHalf`s."""
+
+    query: Tensor
+    packed: tuple[Any, Any]
+    ranges: Sequence[tuple[int, int]]
+    table: Tensor | None
+    offset: Tensor | None
+
+
+def require(pages: PageFormat | RecordFormat, group: int, inputs: Inputs) -> None:
+    """ValueError, with what was expected and found."""
+    query, packed, ranges, table, offset = inputs
     batch, heads = query.shape[:2]
     wanted = (batch, heads, group, pages.key.format.channels)
     if query.dtype != torch.float32 or query.shape != wanted:
         raise ValueError(
             f"expected float32 queries {list(wanted)}, found {query.dtype} {list(query.shape)}"
         )
+    if offset is not None and offset.shape != wanted[:3]:
+        raise ValueError(f"expected offsets {list(wanted[:3])}, found {list(offset.shape)}")
+    for tensor in (query, table, offset, *(part for half in packed for part in half)):
+        if tensor is not None and tensor.device.type != "cpu":
+            raise ValueError(f"expected tensors on the CPU, found one on {tensor.device}")
     counts = []
     for name, half, tensors in zip(
         ("keys", "values"), (pages.key, pages.value), packed, strict=True

@@ -108,6 +108,7 @@ class MseCodec:
             raise ValueError(f"expected a law in {COORDINATE_LAWS}, found {law!r}")
         codebook = gaussian_codebook(bits) if law == "gaussian" else sphere_codebook(bits, head_dim)
         self.head_dim, self.bits, self.scalar, self.seed = head_dim, bits, scalar, seed
+        self.law = law
         self.rotation = rotation or Rotation.seeded(head_dim, seed, device)
         # Explicit dtypes: a serving engine builds models under a bfloat16 default dtype.
         self._centroids = torch.tensor(codebook.centroids, dtype=torch.float32, device=device)

@@ -110,8 +110,8 @@ def encode(x_D: Tensor, tables: CpuTables) -> PackedVectors:
     Where all heads share a map any leading axes do.
     """
     axes = x_D.shape[:-1]
-    indices = torch.empty((*axes, tables.packed), dtype=torch.uint8)
-    scalars = torch.empty(axes, dtype=torch.float16)
+    indices = torch.empty((*axes, tables.packed), dtype=torch.uint8, device="cpu")
+    scalars = torch.empty(axes, dtype=torch.float16, device="cpu")
     packed = PackedVectors(indices, scalars)
     count = scalars.numel()
     if not count:
@@ -132,7 +132,7 @@ def encode(x_D: Tensor, tables: CpuTables) -> PackedVectors:
 
 def decode(indices_P: Tensor, scale: Tensor, tables: CpuTables) -> Tensor:
     """float32 [..., C]: the centroids of packed rows [..., P], each times its row's scale [...]."""
-    out_C = torch.empty((*scale.shape, tables.coded), dtype=torch.float32)
+    out_C = torch.empty((*scale.shape, tables.coded), dtype=torch.float32, device="cpu")
     if scale.numel():
         cpu_kernels.decode_rows(
             indices_P.contiguous().view(-1, tables.packed).numpy(),

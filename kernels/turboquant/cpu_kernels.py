@@ -19,7 +19,19 @@ from numba import types
 NORM, CORRECTED, UNBIASED, LEAST_SQUARES = range(4)  # which scalar
 _TINY = np.float32(1e-20)
 _OVERFLOW = np.float32(65520)  # rounds to an infinity in float16
-_OPTIONS = {"cache": True, "nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
+
+
+def _is_cacheable() -> bool:
+    """Whether numba finds a folder to keep compiled code in."""
+    try:
+        numba.njit(cache=True)(_is_cacheable)
+    except RuntimeError:
+        return False
+    return True
+
+
+_CACHE = _is_cacheable()
+_OPTIONS = {"cache": _CACHE, "nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
 _DECODE = "void(uint8[:,::1], float32[::1], int64[:,::1], float32[::1], float32[:,::1])"
 
 
@@ -94,7 +106,7 @@ def _look_up(row, bits, book, scale, out):
 
 
 @numba.njit(**_OPTIONS)
-def _half(value, room):
+def half_bits(value, room):
     """The bits of the nearest float16, ties to even; room: one float32, to look at bits."""
     room[0] = value
     bits = room.view(np.uint32)[0]
@@ -153,7 +165,7 @@ def _encode(
             start += channels
             place += channels * bits // 8
         scalar = norm * _factor(kind, y_C, near_C, weight_GD[g])
-        out_N[n] = _half(scalar, room)
+        out_N[n] = half_bits(scalar, room)
         lost += not abs(scalar) < _OVERFLOW
     return lost
 
@@ -167,7 +179,7 @@ _INTEGERS, _HALVES = types.CPointer(types.int64), types.CPointer(types.uint16)
         _FLOATS, types.int64, types.int64, _INTEGERS, _FLOATS, _FLOATS, _FLOATS, _INTEGERS, _FLOATS,
         _FLOATS, _BYTES, _HALVES,
     ),
-    cache=True,
+    cache=_CACHE,
 )  # fmt: skip
 def encode_rows(
     x, count, tokens, sizes, mean, maps, weight, groups, centroids, boundaries, out, scalars

@@ -15,7 +15,14 @@ from stillhouse.pipelines.stage_run import StageRun
 from stillhouse.pipelines.text import render
 from stillhouse.storage.manifest import Counts
 from stillhouse.storage.records import CacheMeasureRecord, CorpusRecord, QuestionRecord
-from stillhouse.workers.protocols import CacheBytes, CacheMeasure, CacheSpec, CalibrateJob, Failed
+from stillhouse.workers.protocols import (
+    NOT_STORABLE,
+    CacheBytes,
+    CacheMeasure,
+    CacheSpec,
+    CalibrateJob,
+    Failed,
+)
 
 ARM = "student_compressed"
 MOST_FITTED_BITS = 5
@@ -35,7 +42,7 @@ SELECT fsum(kl_mean * tokens) / sum(tokens), max(kl_max),
 FROM cache_measures WHERE status = 'kept'
 """
 LOST = """
-SELECT count(*) FILTER (starts_with(reason, 'not_storable')), count(*) FROM cache_measures
+SELECT count(*) FILTER (starts_with(reason, ?)), count(*) FROM cache_measures
 """
 
 
@@ -79,7 +86,7 @@ class CompressStage(Stage):
         with run.catalog() as catalog:
             arm = summary(catalog, ARM)
             [row] = catalog.rows(FIGURES)
-            [(lost, texts)] = catalog.rows(LOST)
+            [(lost, texts)] = catalog.rows(LOST, [NOT_STORABLE])
         if row[0] is None:
             raise ModelError(
                 "compress: expected next-token divergence on held-out texts, found none that could "

@@ -6,7 +6,14 @@ import math
 from typing import Any
 
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from stillhouse.workers.models.language_model import LanguageModel
 
@@ -40,6 +47,21 @@ def gemma(window=WINDOW):
         **SIZES,
     )
     return Gemma3ForCausalLM(config).eval()
+
+
+def gemma2(window=WINDOW):
+    """With capped attention scores."""
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        num_hidden_layers=2,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=window,
+        attn_logit_softcapping=2.0,
+        query_pre_attn_scalar=HEAD_DIM,
+        initializer_range=0.2,
+        **SIZES,
+    )
+    return Gemma2ForCausalLM(config).eval()
 
 
 def tokens(batch, length, seed=0):

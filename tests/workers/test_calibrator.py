@@ -11,6 +11,7 @@ import torch
 
 from stillhouse.configs.stages import CompressConfig
 from stillhouse.errors import ModelError
+from stillhouse.kernels.turboquant import ChannelGroup
 from stillhouse.workers.cache import (
     CacheFormat,
     CachePlan,
@@ -140,6 +141,21 @@ def test_a_plan_that_is_not_whole_is_refused(
     _, path = calibration.plan_of_bits(3).save(tmp_path)
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ModelError, match=match):
+        CachePlan.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "groups", [[(12, 3), (4, 2)], [(8, 0), (8, 3)], [(8, 7), (8, 3)], [(8, 3)], [(24, 3)]]
+)
+def test_groups_that_no_codec_has_are_refused(
+    calibration: Calibration, tmp_path: Path, groups: list[tuple[int, int]]
+) -> None:
+    plan = calibration.plan_of_bits(3)
+    key = plan.layers[0].key
+    assert key is not None
+    wrong = dataclasses.replace(key, groups=tuple(ChannelGroup(*group) for group in groups))
+    CachePlan((LayerPlan(wrong, None), *plan.layers[1:]), 0, 0).save(tmp_path)
+    with pytest.raises(ModelError, match="groups of layer 0's keys do not fit 16 channels"):
         CachePlan.load(tmp_path)
 
 

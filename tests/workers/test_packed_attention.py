@@ -93,6 +93,31 @@ def test_a_padded_batch(model: Any, name: str, windows: tuple[int, int]) -> None
     torch.testing.assert_close(found, plain, rtol=1e-3, atol=1e-3 * float(plain.std()))
 
 
+@pytest.mark.parametrize("windows", [(0, 0), (2, 4)])
+def test_capped_scores(windows: tuple[int, int]) -> None:
+    """Prompt and generated tokens alike, as transformers' eager attention caps them."""
+    model = cache_models.gemma2(window=24)
+    model.set_attn_implementation("eager")
+    made = scheme("mse", 2, *windows)
+    ids, pads = tokens(2, 30), [0, 5]
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    plain = generated(model, ids, TurboQuantCache(model.config, made, pads), mask)
+    cache = TurboQuantCache(model.config, made, pads, attend_packed=True)
+    found = generated(packed_model(model), ids, cache, mask)
+    torch.testing.assert_close(found, plain, rtol=1e-3, atol=1e-3 * float(plain.std()))
+
+
+def test_packed_attention_works_under_autocast(model: Any) -> None:
+    ids = tokens(1, 30)
+    ready = packed_model(model)
+    for name in ("mse", "fitted"):
+        made = scheme(name, model.config.num_hidden_layers, 2, 3)
+        cache = TurboQuantCache(model.config, made, attend_packed=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert bool(generated(ready, ids, cache, None).isfinite().all())
+
+
 def test_greedy_and_beams_write_the_same(model: Any) -> None:
     ids = tokens(2, 25)
     for how in ({"num_beams": 1}, {"num_beams": 3}):

@@ -21,11 +21,17 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import AttentionInterface
 
 from stillhouse.kernels.paged_attention import FP8, RecordFormat, VectorFormat
-from stillhouse.kernels.turboquant import ChannelGroup, FittedCodec, Fp8Codec, MseCodec
+from stillhouse.kernels.paged_attention.refusals import LEAST_RECORDS
+from stillhouse.kernels.turboquant import (
+    ChannelGroup,
+    FittedCodec,
+    Fp8Codec,
+    Fp8Vectors,
+    MseCodec,
+)
 from stillhouse.workers.cache.rows import Rows
 
 PACKED_ATTENTION = "stillhouse_packed"
-_LEAST_PACKED = 16  # tokens; fewer are decoded
 
 
 class PackedStates(Tensor):
@@ -69,9 +75,9 @@ class PackedStates(Tensor):
 def _is_readable(rows: Rows) -> bool:
     codec, device = rows.codec, rows.recent_BHTD.device.type
     packs = isinstance(codec, FittedCodec | Fp8Codec) or (
-        isinstance(codec, MseCodec) and codec.bits < FP8
+        isinstance(codec, MseCodec) and codec.bits < FP8 and codec.law == "gaussian"
     )
-    return packs and device == "cpu" and rows.packed_length >= _LEAST_PACKED
+    return packs and device == "cpu" and rows.packed_length >= LEAST_RECORDS
 
 
 def _attend(
@@ -85,18 +91,55 @@ def _attend(
     **more: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function; [B, heads, 1, D] queries → [B, 1, heads, D]."""
+    if more.get("s_aux") is not None or more.get("position_bias") is not None:
+        raise ValueError("expected attention without biases or sink logits of its own, found some")
     if not isinstance(key, PackedStates):
+        if softcap:
+            return _capped(query, key, value, attention_mask, scaling, softcap), None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **more
         )
-    if more.get("s_aux") is not None or more.get("position_bias") is not None:
-        raise ValueError("expected attention without biases or sink logits of its own, found some")
+    with torch.autocast(query.device.type, enabled=False):
+        return _attend_packed(query, key, attention_mask, scaling, softcap), None
+
+
+def _attend_packed(
+    query: Tensor,
+    key: PackedStates,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
     batch, heads, _, dim = query.shape
     groups = key.rows[0].recent_BHTD.shape[1]
     query_BHGD = query.view(batch, groups, heads // groups, dim).float()
     query_BHGD = query_BHGD * (dim**-0.5 if scaling is None else scaling)
     out_BHGD = attend_rows(query_BHGD, key.rows, _visible(key, attention_mask), softcap or 0.0)
-    return out_BHGD.view(batch, 1, heads, dim).to(query.dtype), None
+    return out_BHGD.view(batch, 1, heads, dim).to(query.dtype)
+
+
+def _capped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float,
+) -> Tensor:
+    """Attention with capped scores, which `sdpa` has not: [B, T, heads, D]."""
+    group, dim = query.shape[1] // key.shape[1], query.shape[-1]
+    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+    score = query @ key.mT * (dim**-0.5 if scaling is None else scaling)
+    score = softcap * torch.tanh(score / softcap)
+    if mask is None:
+        tokens, seen = query.shape[2], key.shape[2]
+        mask = torch.ones(tokens, seen, dtype=torch.bool, device=query.device).tril(seen - tokens)
+    if mask.dtype == torch.bool:
+        score = score.masked_fill(~mask, torch.finfo(score.dtype).min)
+    else:
+        score = score + mask
+    out = score.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+    return out.transpose(1, 2).contiguous()
 
 
 def _visible(key: PackedStates, mask: Tensor | None) -> list[tuple[int, int]]:
@@ -225,7 +268,7 @@ def _mean(codec: Any) -> Tensor | None:
 def _packed(record: Any) -> Any:
     from stillhouse.kernels.paged_attention.cpu import PackedHalf
 
-    if hasattr(record, "codes"):
+    if isinstance(record, Fp8Vectors):
         return PackedHalf(record.codes)
     return PackedHalf(record.indices, record.scalars)
 

@@ -33,6 +33,8 @@ PLAN_FILE = "cache_plan.json"
 TENSOR_FILE = "cache_plan.safetensors"
 PLAN_FILES = (TENSOR_FILE, PLAN_FILE)
 _CODING = "coding"
+# RuntimeError: a map without an inverse.
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ class CachePlan:
                         tensors[f"layers.{index}.{kind}.{name}"] = tensor.cpu().contiguous()
             rows.append(row)
         coding = {"sinks": self.sinks, "recent": self.recent, "groups": rows}
-        # What decides how bytes are read lies under the hash too.
+        # What decides how bytes are read lies under the hash too; facts do not.
         data = save(tensors, metadata={_CODING: json.dumps(coding)})
         plan = {
             "version": PLAN_VERSION,
@@ -112,7 +114,7 @@ class CachePlan:
                 for index, row in enumerate(coding["groups"])
             )
             return cls(layers, coding["sinks"], coding["recent"], plan["facts"])
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except _DAMAGE as error:
             raise ModelError(f"{folder}: expected a cache plan, found {error!r}") from error
 
 
@@ -143,7 +145,8 @@ def _fit(
     # The inverse is not stored: it follows from the map.
     inverse_HDD = None if map_HDD is None else torch.linalg.inv(map_HDD.double()).float()
     coded = tuple(ChannelGroup(channels, bits) for channels, bits in groups)
-    fits = all(group.channels > 0 and group.bits in GROUP_BITS for group in coded)
+    fits = all(g.channels > 0 and g.channels % 8 == 0 and g.bits in GROUP_BITS for g in coded)
+    fits = fits and all(group.bits for group in coded[:-1])  # what is not stored comes last
     if not fits or sum(group.channels for group in coded) != dim:
         raise ValueError(f"groups of layer {index}'s {kind}s do not fit {dim} channels: {groups}")
     map_HDD = None if map_HDD is None else in_columns(map_HDD)

@@ -12,8 +12,8 @@ Progress = Callable[[str, int, int], None]  # what is done now, how much is done
 class QualityJob:
     """What to measure, and on what.
 
-    heldout, calibration: texts, none in both. tokens: at most so many
-    to measure on. calibration_tokens: to calibrate on, about half of them read a second time.
+    heldout, calibration: texts, none in both. tokens: about so many to measure on, in whole
+    windows. calibration_tokens: to calibrate on, about half of them read a second time.
     window: tokens that are read at once, at most the model's context. seeds: 0 … seeds - 1 for
     formats that draw; sinks, recent: tokens that ours keep in 16 bits.
     """

@@ -16,7 +16,7 @@ from stillhouse.workers.models.cache_shape import CacheShape, LayerShape
 
 
 @dataclass(frozen=True, slots=True)
-class VectorFormat:
+class VectorSize:
     """How one key or value is stored: bits a coordinate, bytes beside them (its scalars), and what
     head sizes are multiples of."""
 
@@ -39,8 +39,8 @@ class StoredFormat:
     and of the last layers stay in 16 bits."""
 
     name: str
-    key: VectorFormat
-    value: VectorFormat
+    key: VectorSize
+    value: VectorSize
     tables: Tables = "none"
     boundary: int = 0
 
@@ -59,15 +59,15 @@ class CacheSize:
         return self.stored + self.kept + self.tables
 
 
-_BF16, _FP8 = VectorFormat(16), VectorFormat(8)
+_BF16, _FP8 = VectorSize(16), VectorSize(8)
 _PLAIN = StoredFormat("bf16", _BF16, _BF16)
 _SCALAR = 2  # float16
 # A norm for a key, scale and zero for a value, as in workers/cache/vllm_presets.py.
 _VLLM = {
-    "k8v4": (_FP8, VectorFormat(4, 4, 8)),
-    "4bit_nc": (VectorFormat(4, 2, 8), VectorFormat(4, 4, 8)),
-    "k3v4_nc": (VectorFormat(3, 2, 8), VectorFormat(4, 4, 8)),
-    "3bit_nc": (VectorFormat(3, 2, 8), VectorFormat(3, 4, 8)),
+    "k8v4": (_FP8, VectorSize(4, 4, 8)),
+    "4bit_nc": (VectorSize(4, 2, 8), VectorSize(4, 4, 8)),
+    "k3v4_nc": (VectorSize(3, 2, 8), VectorSize(4, 4, 8)),
+    "3bit_nc": (VectorSize(3, 2, 8), VectorSize(3, 4, 8)),
 }
 _VLLM_BOUNDARY = 2
 
@@ -89,7 +89,7 @@ def stored_format(name: str) -> StoredFormat:
         case "mse", (key, value):
             return StoredFormat(name, _mse(key), _mse(value), "shared")
         case "fitted", (bits, _) if 1 <= bits <= 5:
-            fitted = VectorFormat(bits, _SCALAR, 8)
+            fitted = VectorSize(bits, _SCALAR, 8)
             return StoredFormat(name, fitted, fitted, "fitted")
     raise _unknown(name)
 
@@ -102,9 +102,9 @@ def _unknown(name: str) -> ConfigError:
     )
 
 
-def _mse(bits: float) -> VectorFormat:
+def _mse(bits: float) -> VectorSize:
     """Half bits: two sets of channels of equal size, each with its scalar."""
-    return VectorFormat(bits, *((_SCALAR, 8) if bits == int(bits) else (2 * _SCALAR, 16)))
+    return VectorSize(bits, *((_SCALAR, 8) if bits == int(bits) else (2 * _SCALAR, 16)))
 
 
 def cache_size(

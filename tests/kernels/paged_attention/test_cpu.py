@@ -157,6 +157,11 @@ def test_records_that_do_not_fit_are_refused() -> None:
         attend(query, keys, values, [(0, 21)])
     with pytest.raises(ValueError, match="end at 16 or later"):
         attend(query, keys, values, [(0, 15)])
+    for shape in ((1, 2), (1, 2, 2), (2, 1)):
+        with pytest.raises(ValueError, match=r"expected offsets \[1, 2, 1\]"):
+            attend(query, keys, values, [(0, 20)], offset_BHG=torch.zeros(shape))
+    with pytest.raises(ValueError, match="on the CPU, found one on meta"):
+        attend(query.to("meta"), keys, values, [(0, 20)])
     with pytest.raises(ValueError, match="packed keys, uint8"):
         attend(query, PackedHalf(keys.vectors), values, [(0, 20)])
     with pytest.raises(ValueError, match="packed values, uint8"):
@@ -205,11 +210,41 @@ def test_a_scalar_that_is_no_number_shows() -> None:
     assert bool(out.isnan().all())
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("permute", ["avx2", ""])
-def test_code_for_other_processors_is_written(permute: str) -> None:
-    text = emit(DecodeSpec(pages_of(64, 4, 5), 2, True, permute))
+def test_tables_are_read_alike_on_other_processors(permute: str, bits: int) -> None:
+    format = pages_of(64, bits, bits)
+    text = emit(DecodeSpec(format, 2, True, permute))
     assert ("llvm.x86.avx2.permps" in text) == (permute == "avx2")
     assert "avx512" not in text
+    if permute and not cpu_compile.processor().permute:
+        pytest.skip("needs a processor with AVX2")
+    made = filled(format, [37], heads=1, group=2)
+    keys, values = PackedHalf(made.keys), PackedHalf(made.values)
+    results = [
+        cpu.PackedDecoder(format, 2, permute=how).attend(
+            made.query, keys, values, [(0, 37)], made.table
+        )
+        for how in (None, permute)
+    ]
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
+
+
+def test_buffers_ignore_the_default_dtype() -> None:
+    format = pages_of(64, 4, 4)
+    made = filled(format, [40], heads=2, group=2)
+    expected = attend(format, made, [(0, 40)])
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        cpu.decoder.cache_clear()
+        found = attend(format, made, [(0, 40)])
+    finally:
+        torch.set_default_dtype(before)
+    for one, two in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32
+        assert torch.equal(one, two)
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from stillhouse.kernels.turboquant import (
     balance,
     fit_heads,
 )
+from stillhouse.kernels.turboquant.cpu_kernels import half_bits
 
 TIE = 1e-5  # how near to a boundary a coordinate may fall on either side
 GROUPS = (
@@ -116,16 +118,19 @@ def test_heads_take_their_own_map():
     assert not torch.equal(found[0, 0], found[0, 1])  # their means differ
 
 
-@pytest.mark.parametrize("scale", [1e-9, 6e-8, 1e-6, 6.2e-5, 1e-3, 1.0, 700.0, 65_504.0, 65_519.0])
-def test_scalars_round_as_torch_rounds(scale):
-    """Through subnormal numbers, ties and the largest: `norm` stores what it is given."""
-    lengths = scale * (1 - torch.arange(400) / 4096)
-    x = torch.zeros(400, 64)
-    x[:, 3] = lengths
-    packed = MseCodec(64, 1, "norm").encode(x)
-    torch.testing.assert_close(packed.scalars, lengths.half(), rtol=2**-10, atol=2**-24)
-    exact = torch.linspace(0, 8, 257)  # multiples of 1/32 and their halves' ties
-    x = torch.zeros(257, 8)
-    x[:, 0] = exact * (1 + 2**-11)
-    found = MseCodec(8, 1, "norm").encode(x).scalars
-    torch.testing.assert_close(found, MseCodec(8, 1, "norm").encode_reference(x).scalars)
+def test_scalars_round_as_torch_rounds():
+    """Every float16, what lies halfway to its neighbours, and their neighbours in float32."""
+    bits = torch.arange(0x7C01, dtype=torch.int32).to(torch.int16)
+    halves = bits.view(torch.float16).double()
+    between = ((halves[1:] + halves[:-1]) / 2).float()
+    between[-1] = 65_520  # halfway to the infinity
+    around = [torch.nextafter(between, between * factor) for factor in (0, 2)]
+    values = torch.cat((halves.float(), between, *around, torch.tensor([math.nan, 1e30, 1e-30])))
+    values = torch.cat((values, -values))
+    room = np.empty(1, np.float32)
+    found = torch.tensor([int(half_bits(np.float32(value), room)) for value in values.tolist()])
+    number = ~values.isnan()
+    expected = values.half().view(torch.int16).long() & 0xFFFF
+    assert torch.equal(found[number], expected[number])
+    lost = found[~number].to(torch.int32).to(torch.int16).view(torch.float16)
+    assert bool(lost.isnan().all())
