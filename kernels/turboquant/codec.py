@@ -144,7 +144,7 @@ class MseCodec:
             from stillhouse.kernels.turboquant import triton_codec
 
             return PackedVectors(*triton_codec.encode(x_D, self._triton_tables, self.scalar))
-        return self._encode_on_cpu(x_D) if on_cpu(x_D) else self.encode_reference(x_D)
+        return self._cpu_tables.encode(x_D) if on_cpu(x_D) else self.encode_reference(x_D)
 
     def encode_reference(self, x_D: Tensor) -> PackedVectors:
         """As `encode` on any device, by PyTorch; refuses nothing."""
@@ -167,9 +167,7 @@ class MseCodec:
             return triton_codec.decode(packed.indices, packed.scalars, tables, dtype)
         scale = packed.scalars.float() / math.sqrt(self.head_dim)
         if on_cpu(packed.scalars):
-            from stillhouse.kernels.turboquant import cpu_codec
-
-            rotated_D = cpu_codec.decode(packed.indices, scale, self._cpu_tables)
+            rotated_D = self._cpu_tables.decode(packed.indices, scale)
             return self.rotation.rotate_back(rotated_D).to(dtype)
         return self.rotation.rotate_back(self._rotated(packed, scale)).to(dtype)
 
@@ -181,11 +179,6 @@ class MseCodec:
     def _rotated(self, packed: PackedVectors, scale: Tensor) -> Tensor:
         index_D = unpack(packed.indices, self.bits, self.head_dim)
         return self._look_up(index_D.int()) * scale[..., None]
-
-    def _encode_on_cpu(self, x_D: Tensor) -> PackedVectors:
-        from stillhouse.kernels.turboquant import cpu_codec
-
-        return cpu_codec.encode(x_D, self._cpu_tables)
 
     @cached_property
     def _cpu_tables(self) -> "CpuTables":

@@ -92,6 +92,44 @@ class CpuTables:
         pointers = tuple(ctypes.c_void_p(x.ctypes.data) for x in (sizes, *arrays.values()))
         return cls(**arrays, sizes=sizes, coded=coded, packed=packed, pointers=pointers)
 
+    def encode(self, x_D: Tensor) -> PackedVectors:
+        """CPU vectors [..., H, T, D] of any float dtype; any leading axes where heads share a map.
+
+        NotFiniteError for what float16 cannot hold.
+        """
+        axes = x_D.shape[:-1]
+        indices = torch.empty((*axes, self.packed), dtype=torch.uint8, device="cpu")
+        scalars = torch.empty(axes, dtype=torch.float16, device="cpu")
+        packed = PackedVectors(indices, scalars)
+        count = scalars.numel()
+        if not count:
+            return packed
+        x_D = x_D.detach().float().contiguous()
+        lost = _ENCODE(
+            x_D.data_ptr(),
+            count,
+            axes[-1] if len(self.mean_GD) > 1 else 1,
+            *self.pointers,
+            indices.data_ptr(),
+            scalars.data_ptr(),
+        )
+        if lost:
+            packed.require_finite()
+        return packed
+
+    def decode(self, indices_P: Tensor, scale: Tensor) -> Tensor:
+        """float32 [..., C]: centroids of packed rows [..., P], each times its row's scale [...]."""
+        out_C = torch.empty((*scale.shape, self.coded), dtype=torch.float32, device="cpu")
+        if scale.numel():
+            cpu_kernels.decode_rows(
+                indices_P.contiguous().view(-1, self.packed).numpy(),
+                scale.contiguous().view(-1).numpy(),
+                self.groups_R4,
+                self.centroids,
+                out_C.view(-1, self.coded).numpy(),
+            )
+        return out_C
+
     def __deepcopy__(self, _memo: object) -> "CpuTables":
         """The same: nothing writes into tables, and the pointers are to these."""
         return self
@@ -102,46 +140,6 @@ class CpuTables:
         arrays = (self.mean_GD, self.map_GDD, self.weight_GD, self.groups_R4)
         all_arrays = (*arrays, self.centroids, self.boundaries, self.sizes)
         return sum(array.nbytes for array in all_arrays if array.ctypes.data not in known)
-
-
-def encode(x_D: Tensor, tables: CpuTables) -> PackedVectors:
-    """CPU vectors [..., H, T, D] of any float dtype; NotFiniteError for what float16 cannot hold.
-
-    Where all heads share a map any leading axes do.
-    """
-    axes = x_D.shape[:-1]
-    indices = torch.empty((*axes, tables.packed), dtype=torch.uint8, device="cpu")
-    scalars = torch.empty(axes, dtype=torch.float16, device="cpu")
-    packed = PackedVectors(indices, scalars)
-    count = scalars.numel()
-    if not count:
-        return packed
-    x_D = x_D.detach().float().contiguous()
-    lost = _ENCODE(
-        x_D.data_ptr(),
-        count,
-        axes[-1] if len(tables.mean_GD) > 1 else 1,
-        *tables.pointers,
-        indices.data_ptr(),
-        scalars.data_ptr(),
-    )
-    if lost:
-        packed.require_finite()
-    return packed
-
-
-def decode(indices_P: Tensor, scale: Tensor, tables: CpuTables) -> Tensor:
-    """float32 [..., C]: the centroids of packed rows [..., P], each times its row's scale [...]."""
-    out_C = torch.empty((*scale.shape, tables.coded), dtype=torch.float32, device="cpu")
-    if scale.numel():
-        cpu_kernels.decode_rows(
-            indices_P.contiguous().view(-1, tables.packed).numpy(),
-            scale.contiguous().view(-1).numpy(),
-            tables.groups_R4,
-            tables.centroids,
-            out_C.view(-1, tables.coded).numpy(),
-        )
-    return out_C
 
 
 def _floats(table: Tensor) -> Array:

@@ -157,7 +157,7 @@ class FittedCodec:
         Raises as `MseCodec.encode`; H must be the fit's too.
         """
         require_vectors(x_BHTD, self.head_dim, self.heads)
-        return self._encode_on_cpu(x_BHTD) if on_cpu(x_BHTD) else self.encode_reference(x_BHTD)
+        return self._cpu_tables.encode(x_BHTD) if on_cpu(x_BHTD) else self.encode_reference(x_BHTD)
 
     def encode_reference(self, x_BHTD: Tensor) -> PackedVectors:
         """As `encode` on any device, by PyTorch; refuses nothing."""
@@ -175,9 +175,7 @@ class FittedCodec:
     def decode(self, packed: PackedVectors, dtype: torch.dtype = torch.float32) -> Tensor:
         """Packed vectors → `dtype` [B, H, T, D]; float32 arithmetic, rounded once at the end."""
         if on_cpu(packed.scalars):
-            from stillhouse.kernels.turboquant import cpu_codec
-
-            coded_BHTC = cpu_codec.decode(packed.indices, self._scale(packed), self._cpu_tables)
+            coded_BHTC = self._cpu_tables.decode(packed.indices, self._scale(packed))
         else:
             coded_BHTC = self._coded_vectors(packed)
         return (self.from_coded(coded_BHTC) + self.fit.mean_HD[:, None]).to(dtype)
@@ -213,11 +211,6 @@ class FittedCodec:
         indices = [unpack(p, g.bits, g.channels) for p, g in zip(planes, self._groups, strict=True)]
         parts = [self._look_up(i.int(), g.bits) for i, g in zip(indices, self._groups, strict=True)]
         return torch.cat(parts, dim=-1) * self._scale(packed)[..., None]
-
-    def _encode_on_cpu(self, x_BHTD: Tensor) -> PackedVectors:
-        from stillhouse.kernels.turboquant import cpu_codec
-
-        return cpu_codec.encode(x_BHTD, self._cpu_tables)
 
     @cached_property
     def _cpu_tables(self) -> "CpuTables":

@@ -5,6 +5,7 @@ from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 from stillhouse.kernels.turboquant.contract import tensors_of
 
@@ -21,7 +22,8 @@ def in_float32(
 
     @wraps(method)
     def exact(codec: Codec, given: Given, /, *args: Rest.args, **kwargs: Rest.kwargs) -> Result:
-        device = tensors_of(given)[0].device.type
+        one = given if isinstance(given, Tensor) else tensors_of(given)[0]
+        device = one.device.type
         if not torch.is_autocast_enabled(device):
             return method(codec, given, *args, **kwargs)
         with torch.autocast(device, enabled=False):

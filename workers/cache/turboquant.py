@@ -95,6 +95,11 @@ class _TurboQuantLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        # Stored vectors are what they are: autocast would round them, or refuse their dtype.
+        with torch.autocast(key_states.device.type, enabled=False):
+            return self._updated(key_states, value_states)
+
+    def _updated(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         before = self._rows or self._initialize(key_states, value_states)
         _, first = self.get_mask_sizes(key_states.shape[2])
         slot = self.cumulative_length
