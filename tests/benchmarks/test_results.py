@@ -49,7 +49,7 @@ def test_a_fitted_cache_loses_a_third_and_a_quarter_of_what_the_presets_lose(
 def test_at_long_context_the_resident_memory_falls_as_the_bytes_do() -> None:
     found = json.loads((RESULTS / "cache-cpu.json").read_text())
     last = {row["format"]: row for row in found["rows"] if row["context"] == 4096}
-    for form in ("k4v4", "k3v3", "fitted4", "fitted3"):
+    for form in ("k4v4", "fitted3", "k4v4-packed", "fitted4-packed", "fitted3-packed"):
         assert (
             last[form]["peak_bytes"] < last["float16"]["peak_bytes"] < last["float32"]["peak_bytes"]
         )
