@@ -108,13 +108,15 @@ def bench_cache_quality(
 
 
 def check_destination(path: Path) -> None:
-    """ConfigError where `write_quality` could not write, before there is something to lose."""
+    """Make its folder; ConfigError where `write_quality` could not write, before all the work."""
     if path.suffix == ".svg":
         raise ConfigError(f"--json: expected a name for the table, found that of a picture, {path}")
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(
-            f"--json: expected a file in a folder that exists and can be written, found {path}"
-        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--json: expected a file that can be written, found {error}") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"--json: expected a file that can be written, found {path}")
 
 
 def write_quality(

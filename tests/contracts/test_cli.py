@@ -365,6 +365,8 @@ def test_cache_formats_beside_each_other(ask, tmp_path: Path) -> None:
         (("--text", "none.txt"), "--text: expected a text file"),
         (("--corpus", "none"), "no run 'none'"),
         (("--text", __file__, "--formats", "mse:9"), "--formats: expected names such as bf16"),
+        (("--text", __file__, "--json", "picture.svg"), "found that of a picture"),
+        (("--text", __file__, "--json", f"{__file__}/out.json"), "a file that can be written"),
     ],
 )
 def test_a_measurement_that_cannot_be_made(ask, tmp_path: Path, arguments, words: str) -> None:
