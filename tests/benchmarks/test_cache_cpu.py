@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMATS = ("float16", "float32", "k4v4", "fitted3", "k4v4-packed")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def benchmark(cache_root: Path, *options: str) -> subprocess.CompletedProcess[str]:
