@@ -22,6 +22,7 @@ from stillhouse.workers.models.cache_folder import default_cache_root
 from stillhouse.workers.protocols import ModelSpec
 
 __all__ = [
+    "QualityJob",
     "QualityReport",
     "QualityRow",
     "QualitySource",

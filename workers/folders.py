@@ -77,10 +77,12 @@ def _seal(folder: Path) -> None:
 @contextmanager
 def _full_disk_as_os_error() -> Iterator[None]:
     """safetensors wraps the system's error in its own and keeps only the text."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except Exception as error:  # its class is that of a library not loaded here
+    except SafetensorError as error:
         text = str(error)
-        if isinstance(error, OSError) or "code: 28" not in text or "No space left" not in text:
+        if "code: 28" not in text or "No space left" not in text:
             raise
         raise OSError(errno.ENOSPC, text) from error

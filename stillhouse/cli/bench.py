@@ -1,11 +1,14 @@
 """`stillhouse bench`: measurements of a model's cache."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stillhouse.errors import ConfigError
+
+if TYPE_CHECKING:
+    from stillhouse.pipelines.cache_quality import QualityJob, QualityReport, QualitySource
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -38,33 +41,41 @@ def cache_quality(
     window: Annotated[int, typer.Option(min=16, help="Tokens read at once.")] = 1024,
 ) -> None:
     """Perplexity, next-token KL and retrieval of every cache format, ours and others'."""
-    from stillhouse.cli.console import Console
     from stillhouse.cli.quality_table import show_quality
-    from stillhouse.pipelines.cache_quality import (
-        ask_quality,
-        bench_cache_quality,
-        check_destination,
-        corpus_source,
-        text_source,
-        write_quality,
-    )
+    from stillhouse.pipelines.cache_quality import ask_quality, check_destination, write_quality
 
-    if (text is None) == (corpus is None):
-        raise ConfigError(
-            "bench cache-quality: expected --text or --corpus, found "
-            f"{'neither' if text is None else 'both'}. Give one"
-        )
     check_destination(out)
-    if text is not None:
-        source = text_source(text)
-    else:
-        from stillhouse.cli.runs import open_catalog
-
-        with open_catalog(corpus or "") as catalog:
-            source = corpus_source(corpus or "", catalog)
+    source = _source(text, corpus)
     names = tuple(word.strip() for entry in formats or () for word in entry.split(","))
     chosen = tuple(filter(None, names))
     job = ask_quality(source, chosen, seeds, tokens, calibration_tokens, window)
+    report = _measured(model, job)
+    show_quality(report)
+    picture = write_quality(model, source, job, report, out)
+    print(f"Everything: {out}\nPicture: {picture}")
+
+
+def _source(text: Path | None, corpus: str | None) -> "QualitySource":
+    """The texts of a file or of a run; ConfigError unless one of them is named."""
+    from stillhouse.cli.runs import open_catalog
+    from stillhouse.pipelines.cache_quality import corpus_source, text_source
+
+    if text is not None and corpus is None:
+        return text_source(text)
+    if corpus is not None and text is None:
+        with open_catalog(corpus) as catalog:
+            return corpus_source(corpus, catalog)
+    raise ConfigError(
+        "bench cache-quality: expected --text or --corpus, found "
+        f"{'neither' if text is None else 'both'}. Give one"
+    )
+
+
+def _measured(model: str, job: "QualityJob") -> "QualityReport":
+    """With a bar of what is done."""
+    from stillhouse.cli.console import Console
+    from stillhouse.pipelines.cache_quality import bench_cache_quality
+
     with Console() as console:
         console.stage_started("bench", "", 0)
         report = bench_cache_quality(
@@ -73,8 +84,7 @@ def cache_quality(
             lambda what, done, total: console.progress("bench", done, total, what),
             console.note,
         )
-        if report.tokens < tokens:
-            console.note(f"the text has {report.tokens:,} tokens to measure on, not {tokens:,}")
-    show_quality(report)
-    picture = write_quality(model, source, job, report, out)
-    print(f"Everything: {out}\nPicture: {picture}")
+        if report.tokens < job.tokens:
+            found = f"the text has {report.tokens:,} tokens to measure on, not {job.tokens:,}"
+            console.note(found)
+    return report

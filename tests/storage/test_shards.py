@@ -171,6 +171,7 @@ assert not list(folder.root.rglob("*.tmp"))
 """
 
 
+# Linux alone has unshare; elsewhere a disk cannot be filled without filling the machine's own.
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare to mount a small disk")
 def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     script = 'mount -t tmpfs -o size=256k none "$1" && exec "$2" -c "$3" "$1"'

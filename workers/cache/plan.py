@@ -122,7 +122,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors, and what is coded how."""
     with safe_open(path, framework="pt") as file:
         coding: dict[str, Any] = json.loads(file.metadata()[_CODING])
-        return {name: file.get_tensor(name) for name in file.keys()}, coding  # noqa: SIM118
+        names: list[str] = file.keys()  # a method's list: the file itself is no mapping
+        return {name: file.get_tensor(name) for name in names}, coding
 
 
 def _stored(fit: HeadFit) -> dict[str, Tensor]:

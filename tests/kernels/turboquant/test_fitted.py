@@ -1,5 +1,7 @@
 """The fitted codec: equal to the mse codec where nothing is known, as predicted where all is."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -174,8 +176,9 @@ def test_what_does_not_fit_is_refused() -> None:
         codec.encode(normal(1, 3, 4, 64))
     with pytest.raises(ValueError, match="float64"):
         codec.encode(normal(1, 2, 4, 64).double())
+    no_scalar: Any = "norm"
     with pytest.raises(ValueError, match="norm"):
-        FittedCodec(fit, "norm")  # type: ignore[arg-type]
+        FittedCodec(fit, no_scalar)
     broken = normal(1, 2, 4, 64)
     broken[0, 1, 2, 3] = torch.inf
     with pytest.raises(NotFiniteError, match="1 of 8"):
