@@ -20,7 +20,7 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 
-from stillhouse.kernels.paged_attention import cpu_ir, pages
+from stillhouse.kernels.paged_attention import cpu_ir, cpu_lanes, cpu_unpack, pages
 from stillhouse.kernels.paged_attention.cpu_ir import NAME, DecodeSpec, emit
 
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -29,7 +29,7 @@ _SIGNATURE = (
     _POINTER, _POINTER, _FLOAT, _POINTER, _POINTER,
 )  # fmt: skip
 _DIGEST = 32  # bytes of SHA-256
-_SOURCES = (cpu_ir, pages, sys.modules[__name__])  # what the code depends on
+_SOURCES = (cpu_ir, cpu_lanes, cpu_unpack, pages, sys.modules[__name__])  # what the code depends on
 
 
 @dataclass(frozen=True, slots=True)

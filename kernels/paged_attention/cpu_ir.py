@@ -1,24 +1,22 @@
 """LLVM code of packed decode attention on a CPU: one function a page format, head size and group.
 
-A block is 16 tokens, the lanes of a vector. Scores: the dwords of 16 tokens' key rows are
-transposed in registers, so that a lane is a token; each index becomes its centroid by one
-permutation of a register and meets the queries as a broadcast, so no sum crosses lanes. Values: a
-lane is a channel; 16 centroids meet the probability of their token. Nothing is written but the
-accumulators, and the probabilities of a block: a decoded value lives in a register.
-
-Vectors have 16 lanes on every processor; LLVM splits them where registers are shorter.
+A block is 16 tokens, the lanes of a vector. For scores a lane is a token, so no sum crosses lanes,
+and each decoded value meets all queries of the group as a broadcast. For values a lane is a
+channel; 16 centroids meet the probability of their token. Nothing is written but the accumulators,
+and the probabilities of a block: a decoded value lives in a register (`cpu_unpack`).
 
 Shape suffixes: G queries of the head's group, C coded channels of a key, V of a value, padded to
 16.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
 
+from stillhouse.kernels.paged_attention.cpu_lanes import F32, I8, I32, I64, LANES, VF, VI
+from stillhouse.kernels.paged_attention.cpu_unpack import UnpackWriter
 from stillhouse.kernels.paged_attention.pages import (
     PageFormat,
     Plane,
@@ -26,20 +24,12 @@ from stillhouse.kernels.paged_attention.pages import (
     VectorFormat,
 )
 
-LANES = 16
 NAME = "attend"
 # A handful of registers stay for indices and centroids.
 _ACCUMULATORS = 20
 _CHAINS = 8  # sums that run side by side, so that a fused multiply-add's latency does not show
-
-I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
-F16, F32 = ir.HalfType(), ir.FloatType()
-VF, VI, VH = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(F16, LANES)
-BYTES = I8.as_pointer()
-# 2^x on [-1/2, 1/2]: Taylor's terms ln(2)^n / n!, relative error 2e-9 at degree 7
-_EXP2 = (1.0, 0.6931471805599453, 0.2402265069591007, 0.05550410866482158, 0.009618129107628477,
-         0.0013333558146428443, 0.00015403530393381606, 1.5252733804059841e-05)  # fmt: skip
 _LOG2E = 1.4426950408889634
+BYTES = I8.as_pointer()
 _LOWEST = -1e30  # below every score; its difference from itself is 0, not NaN as infinity's
 
 
@@ -89,15 +79,15 @@ def emit(spec: DecodeSpec) -> str:
     return str(module)
 
 
-class _Emitter:
+class _Emitter(UnpackWriter):
     """Writes the body of one function."""
 
     def __init__(self, spec: DecodeSpec, function: ir.Function) -> None:
-        self.spec, self.function = spec, function
-        self.b = ir.IRBuilder(function.append_basic_block("entry"))
+        super().__init__(function, spec.permute, books=function.args[11])
+        self.spec = spec
         self.key_parts, self.value_parts = function.args[:3], function.args[3:6]
         self.table, self.first, self.last, self.q, *rest = function.args[6:]
-        self.offset, self.book_ptr, self.softcap, self.acc, self.ml = rest
+        self.offset, _, self.softcap, self.acc, self.ml = rest
         self.key, self.value = spec.pages.key, spec.pages.value
         self.lane_number = ir.Constant(VI, list(range(LANES)))
 
@@ -181,90 +171,6 @@ class _Emitter:
                 channel += 1
         return [self.added(parts) for parts in sums]
 
-    def columns(self, plane: Plane, base: Any, slot: Any) -> list[Any]:
-        """Dwords of 16 tokens' rows, a lane a token; the last may hold fewer bytes."""
-        b = self.b
-        start = b.add(I64(plane.first), b.mul(slot, I64(plane.stride)))
-        row = b.gep(base, [start])
-        found: list[Any] = []
-        at = 0
-        while at < plane.row_bytes:
-            if plane.row_bytes - at >= 16:
-                found += self.transposed(row, plane.stride, at)
-                at += 16
-                continue
-            size = next(n for n in (4, 2, 1) if plane.row_bytes - at >= n)
-            found.append(self.gathered(row, plane.stride, at, size))
-            at += size
-        return found
-
-    def transposed(self, row: Any, stride: int, at: int) -> list[Any]:
-        """The four dwords from byte `at` on of 16 rows: register k has rows k, 4 + k, 8 + k, …"""
-        b = self.b
-        quads = []
-        for k in range(4):
-            parts = [
-                self.load(row, (4 * q + k) * stride + at, ir.VectorType(I32, 4)) for q in range(4)
-            ]
-            pairs = [self.shuffle(parts[i], parts[i + 1], range(8)) for i in (0, 2)]
-            quads.append(self.shuffle(pairs[0], pairs[1], range(16)))
-        low = [self.unpacked(quads[0], quads[1], half) for half in (0, 2)]
-        high = [self.unpacked(quads[2], quads[3], half) for half in (0, 2)]
-        out = []
-        for half in (0, 1):
-            for first in (0, 2):
-                lanes = []
-                for lane in range(0, LANES, 4):
-                    lanes += [lane + first, lane + first + 1, 16 + lane + first, 17 + lane + first]
-                out.append(b.shuffle_vector(low[half], high[half], ir.Constant(VI, lanes)))
-        return out
-
-    def unpacked(self, left: Any, right: Any, half: int) -> Any:
-        """Dwords `half` and `half` + 1 of each quarter, of left and right in turn."""
-        lanes = []
-        for lane in range(0, LANES, 4):
-            lanes += [lane + half, 16 + lane + half, lane + half + 1, 17 + lane + half]
-        return self.b.shuffle_vector(left, right, ir.Constant(VI, lanes))
-
-    def gathered(self, row: Any, stride: int, at: int, size: int) -> Any:
-        """`size` bytes of each of 16 rows."""
-        b, kind = self.b, ir.IntType(8 * size)
-        found = ir.Constant(VI, ir.Undefined)
-        for lane in range(LANES):
-            part = self.load(row, lane * stride + at, kind)
-            found = b.insert_element(found, part if size == 4 else b.zext(part, I32), I32(lane))
-        return found
-
-    def token_index(self, planes: Sequence[Plane], columns: Sequence[list[Any]], c: int) -> Any:
-        """The index of a channel, a lane a token; bits above it are not clear."""
-        found = None
-        for plane, dwords in zip(planes, columns, strict=True):
-            byte, bit = c % plane.row_bytes, c // plane.row_bytes * plane.width
-            start = self.column_of(plane.row_bytes, byte)
-            dword = dwords[start[0]]
-            part = self.shifted(dword, 8 * start[1] + bit - plane.shift)
-            found = part if found is None else self.merged(found, part, planes[0].width)
-        return found
-
-    def column_of(self, row_bytes: int, byte: int) -> tuple[int, int]:
-        """Which register of `columns` holds a byte of the row, and where."""
-        at, number = 0, 0
-        while True:
-            size = 4 if row_bytes - at >= 4 else 2 if row_bytes - at >= 2 else 1
-            if byte < at + size:
-                return number, byte - at
-            at, number = at + size, number + 1
-
-    def merged(self, low: Any, high: Any, width: int) -> Any:
-        """The low bits of one, the others of another."""
-        b, mask = self.b, 2**width - 1
-        return b.or_(b.and_(low, self.whole(mask)), b.and_(high, self.whole(~mask)))
-
-    def shifted(self, value: Any, right: int) -> Any:
-        if right > 0:
-            return self.b.lshr(value, self.whole(right))
-        return self.b.shl(value, self.whole(-right)) if right else value
-
     def capped(self, score: Any) -> Any:
         """cap · tanh(s / cap), both in exponents of 2; tanh x = 1 - 2 / (2^(2 x log2 e) + 1)."""
         b, cap = self.b, self.broadcast(self.softcap)
@@ -316,18 +222,6 @@ class _Emitter:
         width = value_lanes(self.value.format)[-1]
         for at in range(g * width, (g + 1) * width, LANES):
             self.store(b.fmul(self.load_floats(self.acc, at), factor), self.acc, at)
-
-    def exp2(self, x: Any) -> Any:
-        """2^x for x up to 127; what is below -126 gives 2^-126."""
-        b = self.b
-        x = self.fmaximum(x, -126.0)
-        whole = self.call("llvm.rint.v16f32", VF, [x])
-        rest = b.fsub(x, whole)
-        power = self.splat(_EXP2[-1])
-        for term in reversed(_EXP2[:-1]):
-            power = self.fma(power, rest, self.splat(term))
-        bits = b.shl(b.add(b.fptosi(whole, VI), self.whole(127)), self.whole(23))
-        return b.fmul(power, b.bitcast(bits, VF))
 
     # Values
 
@@ -385,190 +279,3 @@ class _Emitter:
             for plane in self.value.planes
             if plane.group == place
         ]
-
-    def channel_index(self, rows: Sequence[tuple[Plane, Any]], first: int, channels: int) -> Any:
-        """Indices of 16 channels, a lane each; lanes past the last hold the last's."""
-        b, found = self.b, None
-        for plane, row in rows:
-            lanes = [min(first + lane, channels - 1) for lane in range(LANES)]
-            byte = [c % plane.row_bytes for c in lanes]
-            bits = [c // plane.row_bytes * plane.width - plane.shift for c in lanes]
-            low, size = min(byte), max(byte) - min(byte) + 1
-            part = self.load(row, low, ir.VectorType(I8, size))
-            if byte != list(range(low, low + LANES)):
-                undefined = ir.Constant(part.type, ir.Undefined)
-                mask = ir.Constant(VI, [at - low for at in byte])
-                part = b.shuffle_vector(part, undefined, mask)
-            wide = self.by_lane(b.zext(part, VI), bits)
-            found = wide if found is None else self.merged(found, wide, rows[0][0].width)
-        return found
-
-    def by_lane(self, value: Any, right: Sequence[int]) -> Any:
-        """Shifted right, or left where it is negative, each lane by its own number."""
-        if len(set(right)) == 1:
-            return self.shifted(value, right[0])
-        if min(right) >= 0:
-            return self.b.lshr(value, ir.Constant(VI, list(right)))
-        most = -min(right)
-        up = self.b.shl(value, self.whole(most))
-        return self.b.lshr(up, ir.Constant(VI, [most + count for count in right]))
-
-    # Centroids
-
-    def book(self, place: int, bits: int) -> list[Any]:
-        """A codebook in registers of 16, repeated where it is shorter."""
-        if bits > 5:
-            return []
-        first = [self.load_floats(self.book_ptr, 32 * place)]
-        return first if bits < 5 else [*first, self.load_floats(self.book_ptr, 32 * place + LANES)]
-
-    def look_up(self, book: Sequence[Any], index: Any, bits: int) -> Any:
-        """Centroids of indices; shorter tables are repeated, so bits above do not matter."""
-        b = self.b
-        found = [self.permuted(table, index) for table in book]
-        if len(found) == 1:
-            return found[0]
-        upper = b.icmp_unsigned("!=", b.and_(index, self.whole(LANES)), self.whole(0))
-        return b.select(upper, found[1], found[0])
-
-    def permuted(self, table: Any, index: Any) -> Any:
-        """table[index mod 16] of every lane."""
-        b = self.b
-        if self.spec.permute == "avx512":
-            return self.call("llvm.x86.avx512.permvar.sf.512", VF, [table, index])
-        if self.spec.permute == "avx2":
-            halves = [self.shuffle(table, table, range(at, at + 8)) for at in (0, 8)]
-            parts = []
-            for at in (0, 8):
-                eight = self.shuffle(index, index, range(at, at + 8))
-                low, high = (
-                    self.call("llvm.x86.avx2.permps", half.type, [half, eight]) for half in halves
-                )
-                bit = b.and_(eight, ir.Constant(eight.type, [8] * 8))
-                zero = ir.Constant(eight.type, [0] * 8)
-                parts.append(b.select(b.icmp_unsigned("!=", bit, zero), high, low))
-            return self.shuffle(parts[0], parts[1], range(16))
-        index = b.and_(index, self.whole(LANES - 1))
-        found = ir.Constant(VF, ir.Undefined)
-        for lane in range(LANES):
-            element = b.extract_element(table, b.extract_element(index, I32(lane)))
-            found = b.insert_element(found, element, I32(lane))
-        return found
-
-    def fp8(self, index: Any) -> Any:
-        """The e4m3 number in the low byte: its bits in a float16, times 2^8.
-
-        Not in a float32, whose subnormal numbers processors trap on.
-        """
-        b, short = self.b, ir.VectorType(I16, LANES)
-        low = b.trunc(index, short)
-        sign = b.shl(
-            b.and_(low, ir.Constant(short, [0x80] * LANES)), ir.Constant(short, [8] * LANES)
-        )
-        rest = b.shl(
-            b.and_(low, ir.Constant(short, [0x7F] * LANES)), ir.Constant(short, [7] * LANES)
-        )
-        small = b.fpext(b.bitcast(b.or_(sign, rest), VH), VF)
-        nan = b.icmp_unsigned("==", b.and_(index, self.whole(0x7F)), self.whole(0x7F))
-        return b.select(nan, self.splat(float("nan")), b.fmul(small, self.splat(2.0**8)))
-
-    # Vectors
-
-    def largest(self, one: Any, two: Any) -> Any:
-        return self.b.select(self.b.icmp_signed(">", one, two), one, two)
-
-    def smallest(self, one: Any, two: Any) -> Any:
-        return self.b.select(self.b.icmp_signed("<", one, two), one, two)
-
-    def variable(self, kind: Any, count: int = 1) -> Any:
-        """In the entry block, where LLVM finds what fits into registers."""
-        with self.b.goto_entry_block():
-            place = self.b.alloca(kind, count)
-        place.align = 64
-        return place
-
-    def halves(self, base: Any, slot: Any) -> Any:
-        """The scalars of 16 tokens, float32."""
-        place = self.b.gep(base, [self.b.shl(slot, I64(1))])
-        return self.b.fpext(self.load(place, 0, VH), VF)
-
-    def load(self, base: Any, offset: int, kind: Any) -> Any:
-        """From a byte's address, of any alignment."""
-        place = self.b.bitcast(self.b.gep(base, [I64(offset)]), kind.as_pointer())
-        return self.b.load(place, align=1)
-
-    def load_floats(self, base: Any, offset: int) -> Any:
-        place = self.b.bitcast(self.b.gep(base, [I64(offset)]), VF.as_pointer())
-        return self.b.load(place, align=4)
-
-    def store(self, value: Any, base: Any, offset: int) -> None:
-        place = self.b.bitcast(self.b.gep(base, [I64(offset)]), VF.as_pointer())
-        self.b.store(value, place, align=4)
-
-    def broadcast(self, scalar: Any) -> Any:
-        kind = VF if scalar.type == F32 else VI
-        first = self.b.insert_element(ir.Constant(kind, ir.Undefined), scalar, I32(0))
-        return self.shuffle(first, first, [0] * LANES)
-
-    def shuffle(self, left: Any, right: Any, lanes: Sequence[int] | range) -> Any:
-        mask = ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))
-        return self.b.shuffle_vector(left, right, mask)
-
-    def splat(self, value: float) -> Any:
-        return ir.Constant(VF, [value] * LANES)
-
-    def whole(self, value: int) -> Any:
-        return ir.Constant(VI, [value & 0xFFFFFFFF] * LANES)
-
-    def fma(self, x: Any, y: Any, z: Any) -> Any:
-        return self.call("llvm.fma.v16f32", VF, [x, y, z])
-
-    def fmaximum(self, x: Any, least: float) -> Any:
-        b = self.b  # written so that a NaN stays one
-        return b.select(b.fcmp_ordered("<", x, self.splat(least)), self.splat(least), x)
-
-    def fminimum(self, x: Any, most: float) -> Any:
-        b = self.b
-        return b.select(b.fcmp_ordered(">", x, self.splat(most)), self.splat(most), x)
-
-    def added(self, parts: Sequence[Any]) -> Any:
-        total = parts[0]
-        for part in parts[1:]:
-            total = self.b.fadd(total, part)
-        return total
-
-    def reduce(self, how: str, value: Any) -> Any:
-        """The maximum or the sum of all lanes, pairwise."""
-        b = self.b
-        width = LANES // 2
-        while width:
-            other = self.shuffle(value, value, [(i + width) % LANES for i in range(LANES)])
-            if how == "fadd":
-                value = b.fadd(value, other)
-            else:
-                value = b.select(b.fcmp_ordered("<", value, other), other, value)
-            width //= 2
-        return b.extract_element(value, I32(0))
-
-    def call(self, name: str, result: Any, arguments: Sequence[Any]) -> Any:
-        kind = ir.FunctionType(result, [argument.type for argument in arguments])
-        module = self.function.module
-        known = module.globals.get(name)
-        return self.b.call(known or ir.Function(module, kind, name), arguments)
-
-    @contextmanager
-    def loop(self, start: Any, stop: Any, step: int) -> Iterator[Any]:
-        """for (at = start; at < stop; at += step)"""
-        b = self.b
-        before = b.block
-        head, inside, after = (self.function.append_basic_block() for _ in range(3))
-        b.branch(head)
-        b.position_at_end(head)
-        at = b.phi(I64)
-        at.add_incoming(start, before)
-        b.cbranch(b.icmp_signed("<", at, stop), inside, after)
-        b.position_at_end(inside)
-        yield at
-        at.add_incoming(b.add(at, I64(step)), b.block)
-        b.branch(head)
-        b.position_at_end(after)
