@@ -165,12 +165,11 @@ class PackedDecoder:
         )
         acc_at, ml_at = acc.data_ptr(), ml.data_ptr()
         acc_strides, ml_strides = ([4 * n for n in out.stride()[:3]] for out in (acc, ml))
-        # A thread may still write when its caller was interrupted.
-        alive = (query, offset, halves, table, acc, ml)
+        # A thread may still write when its caller was interrupted: it keeps what it reads.
+        kept = (query, offset, halves, table, acc, ml)
 
-        def work(item: tuple[int, int, int, int, int]) -> None:
+        def work(item: tuple[int, int, int, int, int], _kept: object = kept) -> None:
             b, h, s, first, last = item
-            assert alive
             call(
                 *key.at(b, h),
                 *value.at(b, h),
