@@ -2,12 +2,14 @@
 
     python benchmarks/attention_cpu.py --json OUT [--quick] [--threads N] [--contexts N …]
 
-One query token a sequence; shapes are those of SmolLM2-135M and of Llama-3.1-8B. Peers in the same
-run: `scaled_dot_product_attention` on bfloat16 and on float32 keys and values, with grouped heads.
+One query token a sequence, or (`chunk …`) 128 tokens that continue it, causal; shapes are those of
+SmolLM2-135M and of Llama-3.1-8B. Peers in the same run: `scaled_dot_product_attention` on bfloat16
+and on float32 keys and values, with grouped heads.
 A row: the best of several calls over caches that take turns, so that none stays in a processor's
 cache; bytes of the cache; bytes a second; two bounds measured in the same run: the time in which
-these threads read that many bytes, and the time of the multiply-adds and table reads alone (see
-`arithmetic_bound`).
+these threads read that many bytes, and the time of the vector instructions alone at the rate these
+threads multiply and add in registers (see `vector_instructions`); which of both is the higher, so
+that it holds, and how often it goes into the time.
 """
 
 import argparse
@@ -23,10 +25,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llvmlite import ir
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from stillhouse.kernels.paged_attention import FP8, HalfPage, PageFormat, VectorFormat, cpu
+from stillhouse.kernels.paged_attention import (
+    FP8,
+    HalfPage,
+    PageFormat,
+    VectorFormat,
+    cpu,
+    cpu_compile,
+    cpu_lanes,
+)
+from stillhouse.kernels.paged_attention.cpu_chunk import ChunkSpan, ChunkTokens, chunk_decoder
+from stillhouse.kernels.paged_attention.cpu_threads import run_together
 
 SHAPES = {"smollm2-135m": (3, 3, 64), "llama-8b": (8, 4, 128)}  # heads, queries of each, head size
 CONTEXTS, QUICK = (1024, 4096, 16384, 65536), (1024, 4096)
@@ -34,6 +47,7 @@ FORMATS = {"k4v4": (4, 4), "k3v3": (3, 3), "k2v2": (2, 2), "fp8": (FP8, FP8)}
 PEERS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 ENOUGH = 256 << 20  # bytes that no cache of a processor holds
 SECONDS, CALLS = 0.7, 5
+CHUNK = 128  # tokens of a continued prompt
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,8 @@ class Row:
     bytes_per_second: float
     read_bound: float
     arithmetic_bound: float | None
+    bound: str = "read"
+    times_bound: float = 0.0
     ratio_to_bfloat16: float | None = None
 
 
@@ -61,13 +77,14 @@ def main() -> None:
         "processor": processor(),
         "threads": asked.threads,
         "read_bytes_per_second": read_rate(),
-        "vector_operations_per_second": operation_rate(),
+        "vector_operations_per_second": operation_rate(asked.threads),
     }
     print(json.dumps(machine))
     rows: list[Row] = []
     for shape in SHAPES:
         for context in asked.contexts or (QUICK if asked.quick else CONTEXTS):
             rows += measured(shape, context, machine, asked.threads)
+            rows += chunks(shape, context, machine, asked.threads)
     packages = ("stillhouse", "torch", "llvmlite")
     versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
     date = datetime.now(UTC).date().isoformat()
@@ -111,26 +128,49 @@ def read_rate() -> float:
     return ENOUGH / best([numbers.sum])
 
 
-def operation_rate() -> float:
-    """Vector instructions a second on all threads, from a product of matrices in cache.
+def operation_rate(threads: int) -> float:
+    """Fused multiply-adds of 16 lanes a second on all threads, in registers alone.
 
-    A product of n³ multiply-adds in float32 is n³ / 16 fused instructions, two a cycle at best on
-    processors with AVX-512: what the permutations and shifts of decoding share their ports with.
+    Two a cycle on processors with AVX-512: permutations, shifts and selections share their ports.
     """
-    size = 768
-    left, right = torch.randn(size, size), torch.randn(size, size)
-    return size**3 / 16 / best([lambda: left @ right])
+    count, sums = 1 << 18, 20
+    module = ir.Module("rate")
+    pointer = cpu_lanes.I64.as_pointer()
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [pointer]), "run")
+    writer = cpu_lanes.LaneWriter(function)
+    parts = [writer.variable(cpu_lanes.VF) for _ in range(sums)]
+    factor = writer.load_floats(writer.b.bitcast(function.args[0], cpu_lanes.F32.as_pointer()), 0)
+    for part in parts:
+        writer.b.store(factor, part)
+    with writer.loop(cpu_lanes.I64(0), cpu_lanes.I64(count), 1):
+        for part in parts:
+            writer.b.store(writer.fma(factor, factor, writer.b.load(part)), part)
+    # Written somewhere, so that no sum is left out.
+    total = writer.added([writer.b.load(part) for part in parts])
+    room = writer.b.bitcast(function.args[0], cpu_lanes.F32.as_pointer())
+    writer.store(total, room, cpu_lanes.LANES)
+    writer.b.ret_void()
+    code = cpu_compile.compiled_text(str(module))
+    numbers = torch.full((2 * cpu_lanes.LANES,), 0.5)
+    job = numbers.data_ptr()
+    return threads * count * sums / best([lambda: run_together(code, job, threads, numbers)])
 
 
-def arithmetic_bound(bits: int, group: int, dim: int, rate: float) -> float:
-    """Seconds a token and head take if only decoding and multiply-adds cost anything.
+def vector_instructions(bits: int, group: int, dim: int) -> float:
+    """For 16 values of a key or a value, what the ports for vectors do at least, on AVX-512.
 
-    For 16 values of a key or of a value: `group` multiply-adds, one permutation that reads the
-    table, one shift, and a second shift and a selection where there are two planes; half an
-    instruction to bring bytes into lanes.
+    `group` multiply-adds and the permutation that reads the table. Keys: a shift for all but one
+    index of a dword, and 5 instructions to transpose each dword of 16 tokens. Values: a plane's
+    bytes are widened once for all its indices, and shifted for all but the first. 3 and 5 bits are
+    two planes: a merge, one for four keys. Beside these, for each query and token, 33 / 16 for the
+    greatest score and the exponential (counted in the loop's assembly).
     """
-    each = group + 2.5 + (2 if bits in (3, 5) else 0)
-    return 2 * dim / 16 * each / rate
+    low, planes = bits - (bits in (3, 5)), 1 + (bits in (3, 5))
+    merging = (2 + 1) / 4 if planes == 2 else 0.0
+    key = 5 * bits / 32 + merging + 1 - (1 / 4 if planes == 2 else bits / 32)
+    value = low / 8 + 1 - low / 8 + (planes - 1) * 2
+    softmax = 33 * group / (2 * dim)
+    return group + 1 + (key + value) / 2 + softmax
 
 
 def measured(shape: str, context: int, machine: dict[str, Any], threads: int) -> list[Row]:
@@ -149,21 +189,68 @@ def measured(shape: str, context: int, machine: dict[str, Any], threads: int) ->
         calls = [packed_call(query, pages, context, threads) for _ in copies(size)]
         bound = None
         if key != FP8:
-            rate = machine["vector_operations_per_second"]
-            bound = context * heads * arithmetic_bound(key, group, dim, rate)
+            count = context * heads * 2 * dim / 16 * vector_instructions(key, group, dim)
+            bound = count / machine["vector_operations_per_second"]
         rows.append(row(shape, context, name, best(calls), size, bound, machine))
+    return compared(rows)
+
+
+def compared(rows: Sequence[Row]) -> list[Row]:
+    """With their ratios to the first, the bfloat16 peer; printed."""
     peer = rows[0].seconds
-    rows = [Row(**(asdict(one) | {"ratio_to_bfloat16": one.seconds / peer})) for one in rows]
-    for one in rows:
+    found = [Row(**(asdict(one) | {"ratio_to_bfloat16": one.seconds / peer})) for one in rows]
+    for one in found:
         print(line(one), flush=True)
-    return rows
+    return found
 
 
-def whole_call(query: Tensor, heads: int, context: int, kind: torch.dtype) -> Callable[[], Any]:
+def chunks(shape: str, context: int, machine: dict[str, Any], threads: int) -> list[Row]:
+    """A chunk after so much context: the peers with a mask, and 4 bits; multiply-adds bound it."""
+    heads, group, dim = SHAPES[shape]
+    whole = context + CHUNK
+    count = CHUNK * group * heads * (context + CHUNK / 2) * 2 * dim / 16
+    bound = count / machine["vector_operations_per_second"]
+    mask = torch.ones(CHUNK, whole, dtype=torch.bool).tril(context)
+    rows = []
+    for name, kind in PEERS.items():
+        query = torch.randn(1, heads * group, CHUNK, dim).to(kind)
+        calls = [whole_call(query, heads, whole, kind, mask)]
+        size = 2 * heads * whole * dim * kind.itemsize
+        # bfloat16 has units of its own on some processors: no bound of ours.
+        mine = bound if kind == torch.float32 else None
+        rows.append(row(shape, context, f"chunk {name}", best(calls), size, mine, machine))
+    vectors = VectorFormat.uniform(dim, 4)
+    pages = PageFormat.of(vectors, vectors, 64)
+    size = -(-context // pages.tokens) * heads * pages.nbytes
+    call = chunk_call(heads, group, pages, context, threads)
+    rows.append(row(shape, context, "chunk k4v4", best([call]), size, bound, machine))
+    return compared(rows)
+
+
+def chunk_call(
+    heads: int, group: int, pages: PageFormat, context: int, threads: int
+) -> Callable[[], Any]:
+    """Ours, its pages in no order."""
+    dim, count = pages.key.format.channels, -(-context // pages.tokens)
+    query = torch.randn(1, heads, CHUNK * group, dim) / dim**0.5
+    raw = torch.randn(2, 1, heads, CHUNK, dim)
+    keys, values = (
+        cpu.PackedHalf(random_half(count, heads, half)) for half in (pages.key, pages.value)
+    )
+    table = torch.randperm(count).int()[None]
+    attend, spans = chunk_decoder(pages, group).attend, [ChunkSpan(0, context, context)]
+    tokens = ChunkTokens(query, raw[0], raw[1])
+    return lambda: attend(query, keys, values, spans, tokens, table_BW=table, threads=threads)
+
+
+def whole_call(
+    query: Tensor, heads: int, context: int, kind: torch.dtype, mask: Tensor | None = None
+) -> Callable[[], Any]:
     """torch over a cache of its own."""
     shape = (1, heads, context, query.shape[-1])
     keys, values = torch.randn(shape).to(kind), torch.randn(shape).to(kind)
-    return lambda: scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+    attend = scaled_dot_product_attention
+    return lambda: attend(query, keys, values, attn_mask=mask, enable_gqa=True)
 
 
 def packed_call(query: Tensor, pages: PageFormat, context: int, threads: int) -> Callable[[], Any]:
@@ -203,17 +290,20 @@ def row(
 ) -> Row:
     """With its bounds."""
     read = size / machine["read_bytes_per_second"]
-    return Row(shape, context, name, seconds, size, size / seconds, read, bound)
+    higher = max(read, bound or 0.0)
+    which = "read" if higher == read else "arithmetic"
+    rate, times = size / seconds, seconds / higher
+    return Row(shape, context, name, seconds, size, rate, read, bound, which, times)
 
 
 def line(one: Row) -> str:
     """Of the printed table."""
     bound = "" if one.arithmetic_bound is None else f"{1e6 * one.arithmetic_bound:9.0f}"
     return (
-        f"{one.shape:>13} {one.context:>6} {one.format:>9} {1e6 * one.seconds:9.0f} us "
+        f"{one.shape:>13} {one.context:>6} {one.format:>14} {1e6 * one.seconds:9.0f} us "
         f"{one.ratio_to_bfloat16:6.3f} of bfloat16 {one.cache_bytes / 1e6:8.2f} MB "
         f"{one.bytes_per_second / 1e9:6.2f} GB/s  bounds: read {1e6 * one.read_bound:9.0f} us, "
-        f"arithmetic {bound} us"
+        f"arithmetic {bound} us; {one.times_bound:5.2f} x {one.bound}"
     )
 
 

@@ -34,7 +34,7 @@ STEPS, SINKS = 16, 4
 CHILD = Path(__file__).with_name("cache_step.py")
 CODED = ("k4v4", "k3v3", "fitted4", "fitted3")
 FORMATS = ("float32", "float16", *CODED, *(f"{form}-packed" for form in CODED))
-CONTEXTS, QUICK = (256, 512, 1024, 2048, 4096, 8000), (256, 1024)
+CONTEXTS, QUICK = (256, 512, 1024, 2048, 4096, 8176), (256, 1024)
 # Large buffers go back to the system at once, so that the peak is that of what is in use.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
 

@@ -1,37 +1,40 @@
 """Decode attention over packed pages on a CPU: nothing is decoded but into registers.
 
 Compiled for the processor it runs on, once a format and group size (`cpu_compile`), and run by
-threads over sequences, heads and splits of long contexts.
+threads over sequences, heads and splits of long contexts: one call of compiled code a layer.
 
 Shape suffixes: B sequences, H key/value heads, G queries of each, N pages, Y bytes of a page, S
-splits, C coded channels of a key, V padded channels of a value.
+splits, C coded channels of a key, V of a value, D head size, R tokens in 16 bits.
 """
 
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import ctypes
+import struct
+from collections.abc import Sequence
 from functools import cache
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from stillhouse.kernels.paged_attention.cpu_compile import compiled, processor
-from stillhouse.kernels.paged_attention.cpu_ir import DecodeSpec, value_lanes
-from stillhouse.kernels.paged_attention.pages import (
-    HalfPage,
-    PageFormat,
-    RecordFormat,
-    Records,
+from stillhouse.kernels.paged_attention.cpu_compile import Compiled, compiled, processor
+from stillhouse.kernels.paged_attention.cpu_spec import (
+    JOB_WORDS,
+    DecodeSpec,
+    split_count,
+    value_lanes,
 )
-from stillhouse.kernels.paged_attention.refusals import Inputs, require
+from stillhouse.kernels.paged_attention.cpu_threads import run_together
+from stillhouse.kernels.paged_attention.pages import PageFormat, RecordFormat
+from stillhouse.kernels.paged_attention.refusals import HalfShape, Inputs, require, require_raw
 from stillhouse.kernels.turboquant import gaussian_codebook
 
-_LN2 = 0.6931471805599453
-SPLIT_TOKENS = 2048  # a thread's work is one split: small enough to balance, large enough to pay
+LOG2E = 1.4426950408889634
+_Job = ctypes.c_int64 * len(JOB_WORDS)
+_RAW_PARTS = 2
 
 
-def _books(pages: PageFormat | RecordFormat) -> Tensor:
+def code_books(pages: PageFormat | RecordFormat) -> Tensor:
     """float32 [groups, 32]: centroids of every group of keys, then of values, each repeated."""
     rows = []
     for vectors in (pages.key.format, pages.value.format):
@@ -45,14 +48,6 @@ def _books(pages: PageFormat | RecordFormat) -> Tensor:
     return torch.stack(rows).contiguous()
 
 
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)
-
-
-os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has no threads
-
-
 class PackedHalf(NamedTuple):
     """Keys or values of a layer: half pages, or a sequence's packed vectors and their scalars.
 
@@ -62,6 +57,20 @@ class PackedHalf(NamedTuple):
 
     vectors: Tensor
     scalars: Tensor | None = None
+
+
+class RawTokens(NamedTuple):
+    """Tokens in 16 bits that share the softmax with the packed ones, in two parts.
+
+    query_BHGD: float32, times the softmax scale and log2 e. parts: keys and values [B, H, R, D] of
+    each part, float16 or bfloat16, contiguous over D. ranges: of each sequence the tokens
+    [first, last) of both parts, one behind the other. mean_HD: float32, the packed values' mean.
+    """
+
+    query_BHGD: Tensor
+    parts: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+    ranges: Sequence[tuple[int, int, int, int]]
+    mean_HD: Tensor | None = None
 
 
 class PackedDecoder:
@@ -78,14 +87,14 @@ class PackedDecoder:
         softcap: float = 0.0,
         permute: str | None = None,
     ) -> None:
-        self.pages, self.group, self._cap = pages, group, softcap / _LN2
-        permute = processor().permute if permute is None else permute
-        self._code = compiled(DecodeSpec(pages, group, bool(softcap), permute))
-        self._books = _books(pages)
-        starts = value_lanes(pages.value.format)
-        self._width = starts[-1]
-        groups = zip(starts, pages.value.format.groups, strict=False)
-        self._channels = [slice(at, at + part.channels) for at, part in groups]
+        self.pages, self.group, self._softcap = pages, group, softcap
+        self._permute = processor().permute if permute is None else permute
+        [self._cap] = struct.unpack("<i", struct.pack("<f", softcap * LOG2E))
+        self._books = code_books(pages)
+        self._key = HalfShape.of("keys", pages.key)
+        self._value = HalfShape.of("values", pages.value)
+        self._width = value_lanes(pages.value.format)[-1]
+        self._codes: dict[tuple[int, tuple[bool, bool]], Compiled] = {}
 
     def attend(
         self,
@@ -105,139 +114,146 @@ class PackedDecoder:
         default; the result's bits do not depend on it.
 
         Returns float32 m [B, H, G], the greatest score (-1e30 · ln 2 for an empty range),
-        l = Σ exp(s - m) [B, H, G] and Σ exp(s - m) · value [B, H, G, V], V the values' coded
-        channels: divide by l, or merge with other tokens' sums first. ValueError for shapes,
-        dtypes, pages and ranges that do not fit.
+        l = Σ exp(s - m) [B, H, G] and Σ exp(s - m) · value [B, H, G, V]: divide by l, or merge with
+        other tokens' sums first. ValueError for shapes, dtypes, pages and ranges that do not fit.
         """
         inputs = Inputs(query_BHGC, (keys, values), ranges, table_BW, offset_BHG)
-        require(self.pages, self.group, inputs)
+        require(self._key, self._value, self.pages.tokens, self.group, inputs)
+        offset = None if offset_BHG is None else offset_BHG.float() * LOG2E
+        spans = [(*span, 0, 0, 0, 0) for span in ranges]
+        words, kept = self._packed(inputs._replace(query=query_BHGC * LOG2E, offset=offset), spans)
         batch, heads, group, _ = query_BHGC.shape
-        splits = [_splits(*span) for span in ranges]
-        most = max(1, *map(len, splits))
-        # Explicit dtypes: a serving engine runs models under a bfloat16 default dtype.
-        acc = torch.empty(
-            (batch, heads, most, group, self._width), dtype=torch.float32, device="cpu"
-        )
-        ml = torch.empty((batch, heads, most, group, 2), dtype=torch.float32, device="cpu")
-        if any(len(spans) < most for spans in splits):
-            acc.zero_()
-            ml[..., 0], ml[..., 1] = -1e30, 0.0
-        query = (query_BHGC * (1 / _LN2)).contiguous()
-        if offset_BHG is None:
-            offset = query.new_zeros((batch, heads, group))
-        else:
-            offset = (offset_BHG.float() * (1 / _LN2)).contiguous()
-        work = self._work(query, offset, (keys, values), table_BW, acc, ml)
-        items = [
-            (b, h, s, *span)
-            for b, spans in enumerate(splits)
-            for h in range(heads)
-            for s, span in enumerate(spans)
-        ]
-        threads = threads or torch.get_num_threads()
-        if threads > 1 and len(items) > 1:
-            list(_pool(threads).map(work, items))
-        else:
-            for item in items:
-                work(item)
-        return self._merged(acc, ml)
+        top, total = (_floats(batch, heads, group) for _ in range(2))
+        out = _floats(batch, heads, group, self._value.channels)
+        words.update(top=top.data_ptr(), total=total.data_ptr(), out=out.data_ptr())
+        self._run(self._code(0), words, (kept, top, total, out), threads)
+        return top, total, out
 
-    def _work(
+    def attend_with(
         self,
-        query: Tensor,
-        offset: Tensor,
-        halves: tuple[PackedHalf, PackedHalf],
-        table: Tensor | None,
-        acc: Tensor,
-        ml: Tensor,
-    ) -> Callable[[tuple[int, int, int, int, int]], None]:
-        """Attends for a sequence, head and split, over tokens [first, last)."""
-        call, books, cap = self._code.call, self._books.data_ptr(), self._cap
-        key, value = (
-            _places(half, packed)
-            for half, packed in zip((self.pages.key, self.pages.value), halves, strict=True)
+        query_BHGC: Tensor,
+        keys: PackedHalf,
+        values: PackedHalf,
+        ranges: Sequence[tuple[int, int]],
+        raw: RawTokens,
+        table_BW: Tensor | None = None,
+        offset_BHG: Tensor | None = None,
+        threads: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The softmax over packed tokens and those in 16 bits; a sequence needs one of either.
+
+        As `attend`, but query_BHGC and offset_BHG are times log2 e, too. Returns the shares of the
+        packed values in their coded basis, float32 [B, H, G, V], and those of the raw values and of
+        the packed ones' mean, [B, H, G, D]: the result is the sum of both in one basis. ValueError
+        as `attend`, and for a head size below 16.
+        """
+        inputs = Inputs(query_BHGC, (keys, values), ranges, table_BW, offset_BHG)
+        require(self._key, self._value, self.pages.tokens, self.group, inputs)
+        require_raw(raw, query_BHGC.shape)
+        spans = [(*one, *two) for one, two in zip(ranges, raw.ranges, strict=True)]
+        words, kept = self._packed(inputs, spans)
+        batch, heads, group, _ = query_BHGC.shape
+        dim = raw.query_BHGD.shape[-1]
+        out = _floats(batch, heads, group, self._value.channels)
+        raw_out = _floats(batch, heads, group, dim)
+        query = raw.query_BHGD.contiguous()
+        row = 16 + sum(keys.shape[2] for keys, _ in raw.parts)  # room for a vector past the last
+        scores = _floats(batch * heads * row)
+        mean = None if raw.mean_HD is None else raw.mean_HD.contiguous()
+        words.update(
+            out=out.data_ptr(),
+            raw_query=query.data_ptr(),
+            raw_mean=0 if mean is None else mean.data_ptr(),
+            raw_out=raw_out.data_ptr(),
+            scores=scores.data_ptr(),
+            scores_row=row,
         )
-        table_at, table_row = (0, 0) if table is None else (table.data_ptr(), 4 * table.stride(0))
-        query_at, query_row, query_head = query.data_ptr(), *(4 * n for n in query.stride()[:2])
-        offset_at, offset_row, offset_head = (
-            offset.data_ptr(),
-            *(4 * n for n in offset.stride()[:2]),
-        )
-        acc_at, ml_at = acc.data_ptr(), ml.data_ptr()
-        acc_strides, ml_strides = ([4 * n for n in out.stride()[:3]] for out in (acc, ml))
-        # A thread may still write when its caller was interrupted: it keeps what it reads.
-        kept = (query, offset, halves, table, acc, ml)
+        for number, part in enumerate(raw.parts):
+            for name, tensor in zip(("key", "value"), part, strict=True):
+                words[f"raw{number}_{name}s"] = tensor.data_ptr()
+                for axis, stride in zip(("row", "head", "token"), tensor.stride(), strict=False):
+                    words[f"raw{number}_{name}_{axis}"] = 2 * stride
+        brain_key, brain_value = (part.dtype == torch.bfloat16 for part in raw.parts[0])
+        code = self._code(dim, (brain_key, brain_value))
+        self._run(code, words, (kept, raw, query, mean, scores, out, raw_out), threads)
+        return out, raw_out
 
-        def work(item: tuple[int, int, int, int, int], _kept: object = kept) -> None:
-            b, h, s, first, last = item
-            call(
-                *key.at(b, h),
-                *value.at(b, h),
-                table_at + b * table_row,
-                first,
-                last,
-                query_at + b * query_row + h * query_head,
-                offset_at + b * offset_row + h * offset_head,
-                books,
-                cap,
-                acc_at + b * acc_strides[0] + h * acc_strides[1] + s * acc_strides[2],
-                ml_at + b * ml_strides[0] + h * ml_strides[1] + s * ml_strides[2],
-            )
+    def _code(self, raw: int, brain: tuple[bool, bool] = (False, False)) -> Compiled:
+        found = self._codes.get((raw, brain))
+        if found is None:
+            capped = bool(self._softcap)
+            spec = DecodeSpec(self.pages, self.group, capped, self._permute, raw, brain)
+            found = self._codes[raw, brain] = compiled(spec)
+        return found
 
-        return work
+    def _packed(
+        self, inputs: Inputs, spans: Sequence[tuple[int, ...]]
+    ) -> tuple[dict[str, int], object]:
+        """The job's words for packed tokens, and what they point to."""
+        query, halves, ranges, table, offset = inputs
+        batch, heads, group, _ = query.shape
+        splits = max(1, *(split_count(*span) for span in ranges))
+        # ctypes' arrays are made faster than tensors, and one tensor faster than two.
+        flat = [end for span in spans for end in span]
+        spans_B6 = (ctypes.c_int64 * len(flat))(*flat)
+        done = (ctypes.c_int64 * (batch * heads))()
+        rows = batch * heads * splits * group
+        sums = _floats(rows * (self._width + 2))
+        query = query.contiguous()
+        none = (ctypes.c_float * (batch * heads * group))()  # offsets where there are none
+        offset = None if offset is None else offset.contiguous()
+        words = {
+            "done": ctypes.addressof(done), "heads": heads, "items": batch * heads * splits,
+            "splits": splits, "softcap": self._cap, "spans": ctypes.addressof(spans_B6),
+            "query": query.data_ptr(),
+            "offset": ctypes.addressof(none) if offset is None else offset.data_ptr(),
+            "books": self._books.data_ptr(),
+            "acc": sums.data_ptr(), "ml": sums.data_ptr() + 4 * rows * self._width,
+        }  # fmt: skip
+        if table is not None:
+            words.update(table=table.data_ptr(), table_row=4 * table.stride(0))
+        words.update(half_places(self._key, halves[0]))
+        words.update(half_places(self._value, halves[1]))
+        return words, (halves, table, spans_B6, done, sums, query, offset, none)
 
-    def _merged(self, acc: Tensor, ml: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Over splits; m in exponents of e; without the lanes that pad channel groups."""
-        m, total = ml.unbind(-1)
-        top = m[:, :, 0]
-        if m.shape[2] == 1:
-            total, out = total[:, :, 0], acc[:, :, 0]
-        else:
-            top = m.amax(2)
-            weight = torch.exp2(m - top[:, :, None])
-            total, out = (total * weight).sum(2), (acc * weight[..., None]).sum(2)
-        if self._channels != [slice(0, self._width)]:
-            out = torch.cat([out[..., part] for part in self._channels], dim=-1)
-        return top * _LN2, total, out
-
-
-class _Places(NamedTuple):
-    """Addresses of a sequence's head: of its vectors and scalars, and bytes from page to page."""
-
-    vectors: int
-    scalars: int
-    rows: tuple[int, int]
-    heads: tuple[int, int]
-    page: int
-
-    def at(self, b: int, h: int) -> tuple[int, int, int]:
-        return (
-            self.vectors + b * self.rows[0] + h * self.heads[0],
-            self.scalars + b * self.rows[1] + h * self.heads[1],
-            self.page,
-        )
+    def _run(
+        self, code: Compiled, words: dict[str, int], kept: object, threads: int | None
+    ) -> None:
+        job = _Job(*map(words.get, JOB_WORDS, repeat(0)))
+        threads = min(threads or torch.get_num_threads(), words["items"])
+        run_together(code, ctypes.addressof(job), threads, (self._books, kept, job))
 
 
-def _places(half: HalfPage | Records, packed: PackedHalf) -> _Places:
-    vectors = packed.vectors
+def _floats(*shape: int) -> Tensor:
+    # An explicit dtype: a serving engine runs models under a bfloat16 default dtype.
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def half_places(half: HalfShape, packed: PackedHalf) -> dict[str, int]:
+    """Addresses of vectors and scalars, bytes from sequence to sequence, head to head, page to
+    page."""
+    vectors, scalars = packed.vectors, packed.scalars
     start = vectors.data_ptr()
-    if isinstance(half, HalfPage):
-        head = vectors.stride(1)
-        return _Places(start, start + half.scalars, (0, 0), (head, head), vectors.stride(0))
-    row, head = vectors.stride()[:2]
-    if packed.scalars is None:
-        return _Places(start, start, (row, row), (head, head), 0)
-    scalar_row, scalar_head = (2 * n for n in packed.scalars.stride()[:2])
-    return _Places(start, packed.scalars.data_ptr(), (row, scalar_row), (head, scalar_head), 0)
+    if half.paged:
+        page, head, _ = vectors.stride()
+        found = (start, start + half.scalars, 0, 0, head, head, page)
+    elif scalars is None:
+        row, head = vectors.stride()[:2]
+        found = (start, start, row, row, head, head, 0)
+    else:
+        row, head = vectors.stride()[:2]
+        scalar_row, scalar_head = (2 * n for n in scalars.stride()[:2])
+        found = (start, scalars.data_ptr(), row, scalar_row, head, scalar_head, 0)
+    return dict(zip(_WORDS[half.name], found, strict=True))
+
+
+_WORDS = {
+    f"{name}s": tuple(word for word in JOB_WORDS if word.startswith(f"{name}_"))
+    for name in ("key", "value")
+}
 
 
 @cache
 def decoder(pages: PageFormat | RecordFormat, group: int, softcap: float = 0.0) -> PackedDecoder:
     """One for each format; compiles at the first call."""
     return PackedDecoder(pages, group, softcap)
-
-
-def _splits(first: int, last: int) -> list[tuple[int, int]]:
-    """The same for any number of threads."""
-    starts = range(first - first % SPLIT_TOKENS, last, SPLIT_TOKENS)
-    return [(max(start, first), min(start + SPLIT_TOKENS, last)) for start in starts]

@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import hashlib
 import os
-import sys
 import tempfile
 from dataclasses import dataclass
 from functools import cache
@@ -20,23 +19,23 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 
-from stillhouse.kernels.paged_attention import cpu_ir, cpu_lanes, cpu_unpack, pages
-from stillhouse.kernels.paged_attention.cpu_ir import NAME, DecodeSpec, emit
+from stillhouse.kernels.paged_attention.cpu_chunk_ir import emit_chunk
+from stillhouse.kernels.paged_attention.cpu_chunk_rows import ChunkSpec
+from stillhouse.kernels.paged_attention.cpu_ir import NAME, emit
+from stillhouse.kernels.paged_attention.cpu_spec import DecodeSpec
 
-_POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-_SIGNATURE = (
-    _POINTER, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER,
-    _POINTER, _POINTER, _FLOAT, _POINTER, _POINTER,
-)  # fmt: skip
+Spec = DecodeSpec | ChunkSpec
 _DIGEST = 32  # bytes of SHA-256
-_SOURCES = (cpu_ir, cpu_lanes, cpu_unpack, pages, sys.modules[__name__])  # what the code depends on
+# What the code depends on.
+_SOURCES = (*sorted(Path(__file__).parent.glob("cpu_*.py")), Path(__file__).with_name("pages.py"))
 
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """A function, and the engine that keeps its code in memory."""
+    """A function of a job's address, and the engine that keeps its code in memory."""
 
     call: Any
+    address: int
     engine: Any
 
 
@@ -59,6 +58,7 @@ def processor() -> Processor:
     """This one."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
+    llvm.initialize_native_asmparser()
     found = llvm.get_host_cpu_features()
     permute = "avx512" if found.get("avx512f") else "avx2" if found.get("avx2") else ""
     # 512 bits wherever they are: LLVM holds back on processors that clock down for them.
@@ -67,36 +67,50 @@ def processor() -> Processor:
 
 
 @cache
-def compiled(spec: DecodeSpec) -> Compiled:
-    """The function of `cpu_ir.emit`."""
+def compiled(spec: Spec) -> Compiled:
+    """The function of `cpu_ir.emit`, or of `cpu_chunk_ir.emit_chunk`."""
     folder = _folder()
     path = None if folder is None else folder / f"{_key(spec)}.o"
     code = None if path is None else _kept(path)
     if code is None:
-        code = _compile(spec)
+        code = _object(_text(spec))
         if path is not None:
             _keep(path, code)
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), processor().machine())
-    engine.add_object_file(llvm.object_file.ObjectFileRef.from_data(code))
-    engine.finalize_object()
-    return Compiled(ctypes.CFUNCTYPE(None, *_SIGNATURE)(engine.get_function_address(NAME)), engine)
+    return _ready(code)
 
 
-def assembly(spec: DecodeSpec) -> str:
+def compiled_text(text: str) -> Compiled:
+    """A module of LLVM code with a function `run(int64 *job)`; not kept on disk."""
+    return _ready(_object(text))
+
+
+def assembly(spec: Spec) -> str:
     """What a person reads."""
     machine = processor().machine()
-    text: str = machine.emit_assembly(_optimised(spec, machine))
+    text: str = machine.emit_assembly(_optimised(_text(spec), machine))
     return text
 
 
-def _compile(spec: DecodeSpec) -> bytes:
+def _ready(code: bytes) -> Compiled:
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), processor().machine())
+    engine.add_object_file(llvm.object_file.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    address = engine.get_function_address(NAME)
+    return Compiled(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address), address, engine)
+
+
+def _text(spec: Spec) -> str:
+    return emit_chunk(spec) if isinstance(spec, ChunkSpec) else emit(spec)
+
+
+def _object(text: str) -> bytes:
     machine = processor().machine()
-    code: bytes = machine.emit_object(_optimised(spec, machine))
+    code: bytes = machine.emit_object(_optimised(text, machine))
     return code
 
 
-def _optimised(spec: DecodeSpec, machine: Any) -> Any:
-    module = llvm.parse_assembly(emit(spec))
+def _optimised(text: str, machine: Any) -> Any:
+    module = llvm.parse_assembly(text)
     module.verify()
     options = llvm.create_pipeline_tuning_options(speed_level=1)
     passes = llvm.create_pass_builder(machine, options)
@@ -104,8 +118,8 @@ def _optimised(spec: DecodeSpec, machine: Any) -> Any:
     return module
 
 
-def _key(spec: DecodeSpec) -> str:
-    source = b"".join(Path(str(module.__file__)).read_bytes() for module in _SOURCES)
+def _key(spec: Spec) -> str:
+    source = b"".join(path.read_bytes() for path in _SOURCES)
     host = processor()
     triple = llvm.get_default_triple()
     parts = (repr(spec), triple, host.name, host.features, llvmlite.__version__)

@@ -19,6 +19,9 @@ _EXP2 = (1.0, 0.6931471805599453, 0.2402265069591007, 0.05550410866482158, 0.009
          0.0013333558146428443, 0.00015403530393381606, 1.5252733804059841e-05)  # fmt: skip
 
 
+_LOG2E = 1.4426950408889634
+
+
 class LaneWriter:
     """Writes instructions into one function; `b` is llvmlite's builder of it."""
 
@@ -37,6 +40,18 @@ class LaneWriter:
             power = self.fma(power, rest, self.splat(term))
         bits = b.shl(b.add(b.fptosi(whole, VI), self.whole(127)), self.whole(23))
         return b.fmul(power, b.bitcast(bits, VF))
+
+    def capped(self, score: Any, softcap: Any) -> Any:
+        """cap · tanh(s / cap), both in exponents of 2; tanh x = 1 - 2 / (2^(2 x log2 e) + 1)."""
+        b, cap = self.b, self.broadcast(softcap)
+        ratio = b.fdiv(score, cap)
+        power = self.exp2(self.fminimum(b.fmul(ratio, self.splat(2 * _LOG2E)), 100.0))
+        tanh = b.fsub(self.splat(1.0), b.fdiv(self.splat(2.0), b.fadd(power, self.splat(1.0))))
+        return b.fmul(cap, tanh)
+
+    def power_of_two(self, exponent: Any) -> Any:
+        """2^x of one float."""
+        return self.b.extract_element(self.exp2(self.broadcast(exponent)), I32(0))
 
     def largest(self, one: Any, two: Any) -> Any:
         return self.b.select(self.b.icmp_signed(">", one, two), one, two)
@@ -80,6 +95,20 @@ class LaneWriter:
 
     def splat(self, value: float) -> Any:
         return ir.Constant(VF, [value] * LANES)
+
+    def prefetch(self, base: Any, offset: int) -> None:
+        """Ask for the cache line of a byte."""
+        place = self.b.gep(base, [I64(offset)])
+        self.call("llvm.prefetch.p0", ir.VoidType(), [place, I32(0), I32(3), I32(1)])
+
+    def unknown(self, pointer: Any) -> Any:
+        """The same pointer, but LLVM does not know: what is read there is not moved before this."""
+        kind = ir.FunctionType(pointer.type, [pointer.type])
+        return self.b.asm(kind, "", "=r,0", [pointer], True)
+
+    def taken(self, counter: Any) -> Any:
+        """The counter's value before one more; threads get different ones."""
+        return self.b.atomic_rmw("add", counter, I64(1), "acq_rel")
 
     def whole(self, value: int) -> Any:
         return ir.Constant(VI, [value & 0xFFFFFFFF] * LANES)
@@ -134,5 +163,19 @@ class LaneWriter:
         b.position_at_end(inside)
         yield at
         at.add_incoming(b.add(at, I64(step)), b.block)
+        b.branch(head)
+        b.position_at_end(after)
+
+    @contextmanager
+    def each_item(self, job: Any) -> Iterator[Any]:
+        """while ((item = next++) < items): threads that share a job get different ones."""
+        b = self.b
+        head, inside, after = (self.function.append_basic_block() for _ in range(3))
+        b.branch(head)
+        b.position_at_end(head)
+        item = self.taken(job.place("next"))
+        b.cbranch(b.icmp_signed("<", item, job.word("items")), inside, after)
+        b.position_at_end(inside)
+        yield item
         b.branch(head)
         b.position_at_end(after)

@@ -5,7 +5,7 @@ spread over the lanes. An index becomes its centroid by one permutation of the r
 the codebook.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -41,14 +41,32 @@ class UnpackWriter(LaneWriter):
         found: list[Any] = []
         at = 0
         while at < plane.row_bytes:
-            if plane.row_bytes - at >= 16:
+            left = plane.row_bytes - at
+            size = next(n for n in (16, 8, 4, 2, 1) if left >= n)
+            if size == 16:
                 found += self.transposed(row, plane.stride, at)
-                at += 16
-                continue
-            size = next(n for n in (4, 2, 1) if plane.row_bytes - at >= n)
-            found.append(self.gathered(row, plane.stride, at, size))
+            elif size == 8:
+                found += self.paired(row, plane.stride, at)
+            else:
+                found.append(self.gathered(row, plane.stride, at, size))
             at += size
         return found
+
+    def paired(self, row: Any, stride: int, at: int) -> list[Any]:
+        """The two dwords from byte `at` on of 16 rows."""
+        kind = ir.VectorType(I32, 2)
+        if stride == 8:
+            halves = [self.load(row, 64 * part, VI) for part in (0, 1)]
+        else:
+            parts = [self.load(row, lane * stride + at, kind) for lane in range(LANES)]
+            while len(parts) > 2:
+                size = 2 * parts[0].type.count
+                parts = [
+                    self.shuffle(parts[i], parts[i + 1], range(size))
+                    for i in range(0, len(parts), 2)
+                ]
+            halves = parts
+        return [self.shuffle(halves[0], halves[1], range(first, 32, 2)) for first in (0, 1)]
 
     def transposed(self, row: Any, stride: int, at: int) -> list[Any]:
         """The four dwords from byte `at` on of 16 rows: register k has rows k, 4 + k, 8 + k, …"""
@@ -87,6 +105,43 @@ class UnpackWriter(LaneWriter):
             found = b.insert_element(found, part if size == 4 else b.zext(part, I32), I32(lane))
         return found
 
+    def token_indices(
+        self, planes: Sequence[Plane], columns: Sequence[list[Any]]
+    ) -> Iterator[tuple[int, Any]]:
+        """Every channel and its index, a lane a token; bits above it are not clear.
+
+        In the order of the bytes, so that few registers are held. Two planes that hold four
+        channels in the bytes of one dword each are merged once for the four.
+        """
+        low = planes[0]
+        for first in range(0, low.row_bytes, 4):
+            count = min(4, low.row_bytes - first)
+            for run in range(8 // low.width):
+                channels = [run * low.row_bytes + first + i for i in range(count)]
+                dwords = self.four_together(planes, columns, channels)
+                for i, c in enumerate(channels):
+                    if dwords is None:
+                        yield c, self.token_index(planes, columns, c)
+                    else:
+                        yield c, self.shifted(dwords, 8 * i)
+
+    def four_together(
+        self, planes: Sequence[Plane], columns: Sequence[list[Any]], channels: Sequence[int]
+    ) -> Any:
+        """The indices of four channels in the bytes of a dword; None where they do not lie so."""
+        if len(planes) == 1:
+            return None
+        parts = []
+        for plane, dwords in zip(planes, columns, strict=True):
+            places = [self.column_of(plane.row_bytes, c % plane.row_bytes) for c in channels]
+            runs = {c // plane.row_bytes for c in channels}
+            if places != [(places[0][0], i) for i in range(4)] or len(runs) != 1:
+                return None
+            bit = runs.pop() * plane.width
+            parts.append(self.shifted(dwords[places[0][0]], bit - plane.shift))
+        mask = (2 ** planes[0].width - 1) * 0x01010101
+        return self.merged(parts[0], parts[1], mask)
+
     def token_index(self, planes: Sequence[Plane], columns: Sequence[list[Any]], c: int) -> Any:
         """The index of a channel, a lane a token; bits above it are not clear."""
         found = None
@@ -95,7 +150,8 @@ class UnpackWriter(LaneWriter):
             start = self.column_of(plane.row_bytes, byte)
             dword = dwords[start[0]]
             part = self.shifted(dword, 8 * start[1] + bit - plane.shift)
-            found = part if found is None else self.merged(found, part, planes[0].width)
+            mask = 2 ** planes[0].width - 1
+            found = part if found is None else self.merged(found, part, mask)
         return found
 
     def column_of(self, row_bytes: int, byte: int) -> tuple[int, int]:
@@ -107,9 +163,9 @@ class UnpackWriter(LaneWriter):
                 return number, byte - at
             at, number = at + size, number + 1
 
-    def merged(self, low: Any, high: Any, width: int) -> Any:
-        """The low bits of one, the others of another."""
-        b, mask = self.b, 2**width - 1
+    def merged(self, low: Any, high: Any, mask: int) -> Any:
+        """The bits of a mask of one, the others of another."""
+        b = self.b
         return b.or_(b.and_(low, self.whole(mask)), b.and_(high, self.whole(~mask)))
 
     def shifted(self, value: Any, right: int) -> Any:
@@ -133,7 +189,8 @@ class UnpackWriter(LaneWriter):
                 mask = ir.Constant(VI, [at - low for at in byte])
                 part = b.shuffle_vector(part, undefined, mask)
             wide = self.by_lane(b.zext(part, VI), bits)
-            found = wide if found is None else self.merged(found, wide, rows[0][0].width)
+            mask = 2 ** rows[0][0].width - 1
+            found = wide if found is None else self.merged(found, wide, mask)
         return found
 
     def by_lane(self, value: Any, right: Sequence[int]) -> Any:
@@ -158,6 +215,8 @@ class UnpackWriter(LaneWriter):
     def look_up(self, book: Sequence[Any], index: Any, bits: int) -> Any:
         """Centroids of indices; shorter tables are repeated, so bits above do not matter."""
         b = self.b
+        if len(book) == 2 and self.permute == "avx512":
+            return self.call("llvm.x86.avx512.vpermi2var.ps.512", VF, [book[0], index, book[1]])
         found = [self.permuted(table, index) for table in book]
         if len(found) == 1:
             return found[0]

@@ -76,3 +76,43 @@ def attend_packed_reference(
         found.append(softmax_sums(query_BHGC[b], key_HTC, value_HTV, softcap=softcap))
     m, total, out = (torch.stack(parts) for parts in zip(*found, strict=True))
     return m, total, out
+
+
+def chunk_shares(
+    query_HMC: Tensor,
+    key_HTC: Tensor,
+    value_HTV: Tensor,
+    raw: tuple[Tensor, Tensor, Tensor],
+    *,
+    group: int,
+    position: int,
+    first: int = 0,
+    hidden: int = 0,
+    window: int = 0,
+    softcap: float = 0.0,
+    offset_HM: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A chunk's attention over history and raw tokens, of one sequence, float64.
+
+    raw: queries [H, M, D], keys and values [H, R, D]. Returns what `cpu_chunk.ChunkDecoder.attend`
+    does, without the batch.
+    """
+    query_HMD, raw_key_HRD, raw_value_HRD = (part.double() for part in raw)
+    rows, count, history = query_HMC.shape[1], raw_key_HRD.shape[1], key_HTC.shape[1]
+    token_M1 = (torch.arange(rows) // group)[:, None]
+    packed_HMT = query_HMC.double() @ key_HTC.mT
+    if offset_HM is not None:
+        packed_HMT = packed_HMT + offset_HM.double()[..., None]
+    score = torch.cat((packed_HMT, query_HMD @ raw_key_HRD.mT), dim=-1)
+    if softcap:
+        score = softcap * torch.tanh(score / softcap)
+    before = count - rows // group
+    place = torch.cat((torch.arange(history), torch.arange(count) + position - before))
+    seen = place <= position + token_M1
+    if window:
+        seen &= place > position + token_M1 - window
+    seen[:, :history] &= torch.arange(history) >= first
+    seen[:, history:] &= torch.arange(count) >= hidden
+    share = score.masked_fill(~seen, -torch.inf).softmax(-1)
+    packed, own = share[..., :history], share[..., history:]
+    return packed @ value_HTV, own @ raw_value_HRD, packed.sum(-1)

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stillhouse.kernels.paged_attention.pages import HalfPage, PageFormat, RecordFormat, Records
+from stillhouse.kernels.paged_attention.pages import HalfPage, Records
 
 LEAST_RECORDS = 16  # a block of tokens; it reaches back, never past the end
+LEAST_DIM = 16  # head size of tokens in 16 bits: the lanes of a vector
 
 
 class Inputs(NamedTuple):
@@ -24,65 +25,80 @@ class Inputs(NamedTuple):
     offset: Tensor | None
 
 
-def require(pages: PageFormat | RecordFormat, group: int, inputs: Inputs) -> None:
-    """ValueError, with what was expected and found."""
+class HalfShape(NamedTuple):
+    """What keys or values must look like. size: bytes of a half page, or of a record."""
+
+    name: str
+    paged: bool
+    size: int
+    scalars: int  # byte of a half page where they begin
+    is_fp8: bool
+    channels: int
+
+    @classmethod
+    def of(cls, name: str, half: HalfPage | Records) -> "HalfShape":
+        """Kept by who attends: a format adds its sizes up anew each time it is asked."""
+        size, scalars = half.format.packed, 0
+        if isinstance(half, HalfPage):
+            size, scalars = half.nbytes, half.scalars
+        paged, format = isinstance(half, HalfPage), half.format
+        return cls(name, paged, size, scalars, format.is_fp8, format.channels)
+
+
+def require(key: HalfShape, value: HalfShape, page: int, group: int, inputs: Inputs) -> None:
+    """ValueError, with what was expected and found. page: its tokens, 0 for records."""
     query, packed, ranges, table, offset = inputs
     batch, heads = query.shape[:2]
-    wanted = (batch, heads, group, pages.key.format.channels)
+    wanted = (batch, heads, group, key.channels)
     if query.dtype != torch.float32 or query.shape != wanted:
         raise ValueError(
             f"expected float32 queries {list(wanted)}, found {query.dtype} {list(query.shape)}"
         )
     if offset is not None and offset.shape != wanted[:3]:
         raise ValueError(f"expected offsets {list(wanted[:3])}, found {list(offset.shape)}")
-    for tensor in (query, table, offset, *(part for half in packed for part in half)):
-        if tensor is not None and tensor.device.type != "cpu":
+    for tensor in (query, table, offset, *packed[0], *packed[1]):
+        if tensor is not None and not tensor.is_cpu:
             raise ValueError(f"expected tensors on the CPU, found one on {tensor.device}")
-    counts = []
-    for name, half, tensors in zip(
-        ("keys", "values"), (pages.key, pages.value), packed, strict=True
-    ):
-        if isinstance(half, HalfPage):
-            _require_pages(name, half, tensors.vectors, heads)
+    for half, tensors in zip((key, value), packed, strict=True):
+        if half.paged:
+            _require_pages(half, tensors.vectors, heads)
         else:
-            _require_records(name, half, tensors, batch, heads)
-        counts.append(tensors.vectors.shape[0 if isinstance(half, HalfPage) else 2])
-    if isinstance(pages, RecordFormat):
-        _require_ranges(ranges, batch, min(counts))
-        if any(0 < last < LEAST_RECORDS for _, last in ranges):
-            raise ValueError(
-                f"expected ranges that end at {LEAST_RECORDS} or later, found {ranges}"
-            )
+            _require_records(half, tensors, batch, heads)
+    count = min(half.vectors.shape[0 if page else 2] for half in packed)
+    if page:
+        _require_table(table, batch, count)
+        assert table is not None
+        _require_ranges(ranges, batch, table.shape[-1] * page)
         return
-    _require_table(table, batch, min(counts))
-    assert table is not None
-    _require_ranges(ranges, batch, table.shape[-1] * pages.tokens)
+    _require_ranges(ranges, batch, count)
+    if any(0 < last < LEAST_RECORDS for _, last in ranges):
+        raise ValueError(f"expected ranges that end at {LEAST_RECORDS} or later, found {ranges}")
 
 
-def _require_pages(name: str, half: HalfPage, tensor: Tensor, heads: int) -> None:
-    shape = (tensor.shape[0], heads, half.nbytes)
-    if tensor.dtype != torch.uint8 or tensor.shape != shape or tensor.stride(-1) != 1:
+def _require_pages(half: HalfShape, tensor: Tensor, heads: int) -> None:
+    fits = tensor.dtype == torch.uint8 and tensor.ndim == 3 and tensor.stride(-1) == 1
+    if not fits or tensor.shape[1:] != (heads, half.size):
         raise ValueError(
-            f"expected half pages of {name}, uint8 {list(shape)}, each contiguous, found "
-            f"{tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}"
+            f"expected half pages of {half.name}, uint8 {[tensor.shape[0], heads, half.size]}, "
+            f"each contiguous, found {tensor.dtype} {list(tensor.shape)} with strides "
+            f"{tensor.stride()}"
         )
 
 
-def _require_records(name: str, half: Records, packed: Any, batch: int, heads: int) -> None:
+def _require_records(half: HalfShape, packed: Any, batch: int, heads: int) -> None:
     vectors, scalars = packed.vectors, packed.scalars
-    size = half.format.packed
-    shape = (batch, heads, vectors.shape[2] if vectors.ndim == 4 else 0, size)
+    shape = (batch, heads, vectors.shape[2] if vectors.ndim == 4 else 0, half.size)
     fits = vectors.dtype == torch.uint8 and vectors.shape == shape
-    fits = fits and vectors.stride()[2:] == (size, 1)
-    if half.format.is_fp8:
+    fits = fits and vectors.stride()[2:] == (half.size, 1)
+    if half.is_fp8:
         fits = fits and scalars is None
     else:
         fits = fits and scalars is not None and scalars.dtype == torch.float16
         fits = fits and scalars.shape == shape[:3] and scalars.stride(-1) == 1
     if not fits:
         raise ValueError(
-            f"expected packed {name}, uint8 {list(shape)} and float16 scalars where there are any, "
-            f"contiguous, found {vectors.dtype} {list(vectors.shape)} and "
+            f"expected packed {half.name}, uint8 {list(shape)} and float16 scalars where there are "
+            f"any, contiguous, found {vectors.dtype} {list(vectors.shape)} and "
             f"{None if scalars is None else list(scalars.shape)}"
         )
 
@@ -100,3 +116,68 @@ def _require_table(table: Tensor | None, batch: int, count: int) -> None:
 def _require_ranges(ranges: Sequence[tuple[int, int]], batch: int, limit: int) -> None:
     if len(ranges) != batch or any(first < 0 or last > limit for first, last in ranges):
         raise ValueError(f"expected {batch} ranges within {limit} tokens, found {list(ranges)}")
+
+
+def require_raw(raw: Any, shape: Sequence[int]) -> None:
+    """ValueError unless tokens in 16 bits (`cpu.RawTokens`) fit queries [B, H, G, C]."""
+    batch, heads, group = shape[:3]
+    query, mean = raw.query_BHGD, raw.mean_HD
+    dim = query.shape[-1]
+    fits = query.dtype == torch.float32 and query.shape == (batch, heads, group, dim)
+    if not fits or dim < LEAST_DIM:
+        raise ValueError(
+            f"expected float32 queries {[batch, heads, group]} of {LEAST_DIM} channels or more, "
+            f"found {query.dtype} {list(query.shape)}"
+        )
+    if mean is not None and (mean.dtype != torch.float32 or mean.shape != (heads, dim)):
+        raise ValueError(
+            f"expected float32 means {[heads, dim]}, found {mean.dtype} {list(mean.shape)}"
+        )
+    kinds = [tensor.dtype for tensor in raw.parts[0]]
+    for part in raw.parts:
+        wanted = (batch, heads, part[0].shape[2], dim)
+        for tensor, kind in zip(part, kinds, strict=True):
+            half = kind in (torch.float16, torch.bfloat16) and tensor.dtype == kind
+            if not half or tensor.shape != wanted or tensor.stride(-1) != 1:
+                raise ValueError(
+                    f"expected keys and values in 16 bits {list(wanted)}, the last axis "
+                    f"contiguous, found {tensor.dtype} {list(tensor.shape)}"
+                )
+            if tensor.device.type != "cpu":
+                raise ValueError(f"expected tensors on the CPU, found one on {tensor.device}")
+    counts = [keys.shape[2] for keys, _ in raw.parts]
+    for ends in raw.ranges:
+        if not all(ends[2 * i] >= 0 and ends[2 * i + 1] <= counts[i] for i in (0, 1)):
+            raise ValueError(f"expected ranges within {counts} tokens, found {list(ends)}")
+    if len(raw.ranges) != batch:
+        raise ValueError(f"expected ranges of {batch} sequences, found {len(raw.ranges)}")
+
+
+def require_chunk(chunk: Any, shape: Sequence[int], spans: Sequence[Any], group: int) -> None:
+    """ValueError unless raw tokens (`cpu_chunk.ChunkTokens`) fit rows [B, H, M, C] and spans."""
+    batch, heads, rows = shape[:3]
+    query, keys, values = chunk.query_BHMD, chunk.key_BHRD, chunk.value_BHRD
+    if rows % group or not rows:
+        raise ValueError(f"expected rows of {group} queries a token, found {rows}")
+    count, dim = keys.shape[2] if keys.ndim == 4 else 0, query.shape[-1]
+    for name, tensor, wanted in (
+        ("queries", query, (batch, heads, rows, dim)),
+        ("raw keys", keys, (batch, heads, count, dim)),
+        ("raw values", values, (batch, heads, count, dim)),
+    ):
+        if tensor.dtype != torch.float32 or tensor.shape != wanted or not tensor.is_cpu:
+            raise ValueError(
+                f"expected float32 {name} {list(wanted)} on the CPU, found {tensor.dtype} "
+                f"{list(tensor.shape)} on {tensor.device}"
+            )
+    if count < rows // group:
+        raise ValueError(
+            f"expected raw tokens of {rows // group} queries' tokens or more, found {count}"
+        )
+    before = count - rows // group
+    for span in spans:
+        if span.position < span.last or not 0 <= span.hidden <= before:
+            raise ValueError(
+                f"expected a place of the chunk past its history, and up to {before} hidden raw "
+                f"tokens, found {span}"
+            )

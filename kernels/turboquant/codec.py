@@ -130,7 +130,7 @@ class MseCodec:
         )
         own = sum(table.untyped_storage().nbytes() for table in tables)
         own += self._triton_tables.nbytes if "_triton_tables" in self.__dict__ else 0
-        return own + (self._cpu_tables.bytes_apart(tables) if "_cpu_tables" in self.__dict__ else 0)
+        return own + (self.cpu_tables.bytes_apart(tables) if "cpu_tables" in self.__dict__ else 0)
 
     @in_float32
     def encode(self, x_D: Tensor) -> PackedVectors:
@@ -144,7 +144,7 @@ class MseCodec:
             from stillhouse.kernels.turboquant import triton_codec
 
             return PackedVectors(*triton_codec.encode(x_D, self._triton_tables, self.scalar))
-        return self._cpu_tables.encode(x_D) if on_cpu(x_D) else self.encode_reference(x_D)
+        return self.cpu_tables.encode(x_D) if on_cpu(x_D) else self.encode_reference(x_D)
 
     def encode_reference(self, x_D: Tensor) -> PackedVectors:
         """As `encode` on any device, by PyTorch; refuses nothing."""
@@ -167,7 +167,7 @@ class MseCodec:
             return triton_codec.decode(packed.indices, packed.scalars, tables, dtype)
         scale = packed.scalars.float() / math.sqrt(self.head_dim)
         if on_cpu(packed.scalars):
-            rotated_D = self._cpu_tables.decode(packed.indices, scale)
+            rotated_D = self.cpu_tables.decode(packed.indices, scale)
             return self.rotation.rotate_back(rotated_D).to(dtype)
         return self.rotation.rotate_back(self._rotated(packed, scale)).to(dtype)
 
@@ -181,7 +181,8 @@ class MseCodec:
         return self._look_up(index_D.int()) * scale[..., None]
 
     @cached_property
-    def _cpu_tables(self) -> "CpuTables":
+    def cpu_tables(self) -> "CpuTables":
+        """What the compiled loops read."""
         from stillhouse.kernels.turboquant.cpu_codec import CpuTables
 
         row_D = torch.ones(1, self.head_dim)

@@ -8,6 +8,7 @@ Shape suffixes: B sequences, H heads, T tokens, D head size.
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -42,6 +43,12 @@ class VectorCodec(Protocol):
         ...
 
 
+@cache
+def _field_names(kind: Any) -> tuple[str, ...]:
+    """Of a dataclass; kept, since a generated token's cache asks for them many times a layer."""
+    return tuple(field.name for field in dataclasses.fields(kind))
+
+
 def map_tensors(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
     """The same record with every tensor changed."""
     changed: Any = record
@@ -50,23 +57,23 @@ def map_tensors(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
     elif isinstance(record, tuple):
         changed = tuple(map_tensors(part, change) for part in record)
     elif dataclasses.is_dataclass(record) and not isinstance(record, type):
-        parts = (getattr(record, field.name) for field in dataclasses.fields(record))
-        changed = type(record)(*(map_tensors(part, change) for part in parts))
+        names = _field_names(type(record))
+        changed = type(record)(*[map_tensors(getattr(record, name), change) for name in names])
     else:
         raise TypeError(f"expected a tensor, a tuple or a dataclass, found {type(record).__name__}")
     return cast(Record, changed)
 
 
 def tensors_of(record: object) -> list[Tensor]:
-    """All tensors of a record, in the order of its fields."""
-    found: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    map_tensors(record, keep)
-    return found
+    """All tensors of a record, in the order of its fields; TypeError as `map_tensors`."""
+    if isinstance(record, Tensor):
+        return [record]
+    if isinstance(record, tuple):
+        return [tensor for part in record for tensor in tensors_of(part)]
+    if dataclasses.is_dataclass(record) and not isinstance(record, type):
+        parts = [getattr(record, name) for name in _field_names(type(record))]
+        return [tensor for part in parts for tensor in tensors_of(part)]
+    raise TypeError(f"expected a tensor, a tuple or a dataclass, found {type(record).__name__}")
 
 
 def join(first: Record, second: Record, dim: int) -> Record:

@@ -34,6 +34,25 @@ _POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
 _ENCODE = ctypes.CFUNCTYPE(_LONG, _POINTER, _LONG, _LONG, *[_POINTER] * 9)(
     cpu_kernels.encode_rows.address
 )
+_STORE = ctypes.CFUNCTYPE(
+    _LONG, _POINTER, _LONG, _LONG, _POINTER, *[_POINTER] * 7, *[_POINTER] * 3
+)(cpu_kernels.store_rows.address)
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlaces:
+    """Where the rows of a packed vector lie in pages of tokens, all in bytes.
+
+    page, head: from one page, and one head of it, to the next. scalars: where a page's begin.
+    planes: first byte of the page, bytes a row, byte of the packed vector. total: of all pages.
+    """
+
+    page: int
+    head: int
+    tokens: int
+    scalars: int
+    planes: tuple[tuple[int, int, int], ...]
+    total: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +135,24 @@ class CpuTables:
         if lost:
             packed.require_finite()
         return packed
+
+    def store(self, x_THD: Tensor, slots_T: Tensor, places: RowPlaces, address: int) -> int:
+        """Encode tokens and write them at their slots, page · tokens + place; -1 is skipped.
+
+        x_THD: CPU vectors of any float dtype. slots_T: int64. address: of the first page. Returns
+        how many float16 cannot hold: they are not written.
+        """
+        x_THD = x_THD.detach().float().contiguous()
+        slots_T = slots_T.contiguous()
+        numbers = (places.page, places.head, places.tokens, places.scalars)
+        ends = (_LONG * 6)(*numbers, len(places.planes), places.total)
+        flat = [number for plane in places.planes for number in plane]
+        planes = (_LONG * len(flat))(*flat)
+        lost: int = _STORE(
+            x_THD.data_ptr(), *x_THD.shape[:2], slots_T.data_ptr(), *self.pointers,
+            ctypes.addressof(ends), ctypes.addressof(planes), address,
+        )  # fmt: skip
+        return lost
 
     def decode(self, indices_P: Tensor, scale: Tensor) -> Tensor:
         """float32 [..., C]: centroids of packed rows [..., P], each times its row's scale [...]."""

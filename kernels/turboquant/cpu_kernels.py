@@ -122,51 +122,102 @@ def half_bits(value, room):
 
 
 @numba.njit(**_OPTIONS)
+def _room(groups_R4):
+    """What `_encode_vector` works in: coordinates, indices, centroids; and a float to look at."""
+    coded = groups_R4[:, 0].sum()
+    y_C, index_C = np.empty(coded, np.float32), np.empty(coded, np.uint8)
+    return y_C, index_C, np.empty(coded, np.float32), np.empty(1, np.float32)
+
+
+@numba.njit(**_OPTIONS)
+def _encode_vector(
+    x_D, mean_D, map_DD, weight_D, groups_R4, centroids, boundaries, kind, room, out_P
+):
+    """Packs one vector; returns its scalar. map_DD: without rows for the identity."""
+    y_C, index_C, near_C, _ = room
+    coded = y_C.shape[0]
+    if map_DD.shape[0] == 0:
+        for c in range(coded):
+            y_C[c] = x_D[c] - mean_D[c]
+    else:
+        for c in range(coded):
+            y_C[c] = 0
+        for d in range(x_D.shape[0]):
+            z = x_D[d] - mean_D[d]
+            for c in range(coded):
+                y_C[c] += z * map_DD[d, c]
+    square = np.float64(0)
+    for c in range(coded):
+        square += np.float64(y_C[c]) * y_C[c]
+    norm = np.float32(math.sqrt(square))
+    # float16 stores 0 for a norm this small; its quotient would overflow.
+    to_unit = np.float32(math.sqrt(coded)) / norm if norm > _TINY else np.float32(0)
+    for c in range(coded):
+        y_C[c] *= to_unit
+    start, place = 0, 0
+    for r in range(groups_R4.shape[0]):
+        channels, bits, centroid, boundary = groups_R4[r]
+        u = y_C[start : start + channels]
+        index = index_C[start : start + channels]
+        _nearest(u, index, boundaries[boundary : boundary + 2**bits - 1])
+        for c in range(channels):
+            near_C[start + c] = centroids[centroid + index[c]]
+        _pack(index, bits, out_P[place : place + channels * bits // 8])
+        start += channels
+        place += channels * bits // 8
+    return norm * _factor(kind, y_C, near_C, weight_D)
+
+
+@numba.njit(**_OPTIONS)
 def _encode(
     x_ND, tokens, mean_GD, map_GDD, weight_GD, groups_R4, centroids, boundaries, kind, out_NP, out_N
 ):
-    heads, dim = mean_GD.shape
-    coded = groups_R4[:, 0].sum()
-    y_C = np.empty(coded, np.float32)
-    index_C = np.empty(coded, np.uint8)
-    near_C = np.empty(coded, np.float32)
-    room = np.empty(1, np.float32)
-    root = np.float32(math.sqrt(coded))
+    heads = mean_GD.shape[0]
+    room = _room(groups_R4)
     lost = 0
     for n in range(x_ND.shape[0]):
         g = n // tokens % heads
-        if map_GDD.shape[0] == 0:
-            for c in range(coded):
-                y_C[c] = x_ND[n, c] - mean_GD[g, c]
-        else:
-            for c in range(coded):
-                y_C[c] = 0
-            for d in range(dim):
-                z = x_ND[n, d] - mean_GD[g, d]
-                for c in range(coded):
-                    y_C[c] += z * map_GDD[g, d, c]
-        square = np.float64(0)
-        for c in range(coded):
-            square += np.float64(y_C[c]) * y_C[c]
-        norm = np.float32(math.sqrt(square))
-        # float16 stores 0 for a norm this small; its quotient would overflow.
-        to_unit = root / norm if norm > _TINY else np.float32(0)
-        for c in range(coded):
-            y_C[c] *= to_unit
-        start, place = 0, 0
-        for r in range(groups_R4.shape[0]):
-            channels, bits, centroid, boundary = groups_R4[r]
-            u = y_C[start : start + channels]
-            index = index_C[start : start + channels]
-            _nearest(u, index, boundaries[boundary : boundary + 2**bits - 1])
-            for c in range(channels):
-                near_C[start + c] = centroids[centroid + index[c]]
-            _pack(index, bits, out_NP[n, place : place + channels * bits // 8])
-            start += channels
-            place += channels * bits // 8
-        scalar = norm * _factor(kind, y_C, near_C, weight_GD[g])
-        out_N[n] = half_bits(scalar, room)
+        map_DD = map_GDD[g] if map_GDD.shape[0] else np.empty((0, 0), np.float32)
+        scalar = _encode_vector(
+            x_ND[n], mean_GD[g], map_DD, weight_GD[g], groups_R4, centroids, boundaries, kind,
+            room, out_NP[n],
+        )  # fmt: skip
+        out_N[n] = half_bits(scalar, room[3])
         lost += not abs(scalar) < _OVERFLOW
+    return lost
+
+
+@numba.njit(**_OPTIONS)
+def _store(
+    x_THD, slots_T, mean_GD, map_GDD, weight_GD, groups_R4, centroids, boundaries, kind, packed,
+    places, planes_L3, pages,
+):  # fmt: skip
+    room, row = _room(groups_R4), np.empty(packed, np.uint8)
+    page_stride, head_stride, page_tokens, scalars = places
+    lost = 0
+    for t in range(x_THD.shape[0]):
+        if slots_T[t] < 0:
+            continue
+        page, place = slots_T[t] // page_tokens, slots_T[t] % page_tokens
+        for h in range(x_THD.shape[1]):
+            g = h % mean_GD.shape[0]
+            map_DD = map_GDD[g] if map_GDD.shape[0] else np.empty((0, 0), np.float32)
+            scalar = _encode_vector(
+                x_THD[t, h], mean_GD[g], map_DD, weight_GD[g], groups_R4, centroids, boundaries,
+                kind, room, row,
+            )  # fmt: skip
+            if not abs(scalar) < _OVERFLOW:
+                lost += 1
+                continue
+            base = page * page_stride + h * head_stride
+            for i in range(planes_L3.shape[0]):
+                first, size, start = planes_L3[i]
+                there = base + first + place * size
+                for j in range(size):
+                    pages[there + j] = row[start + j]
+            bits = half_bits(scalar, room[3])
+            pages[base + scalars + 2 * place] = bits & 0xFF
+            pages[base + scalars + 2 * place + 1] = bits >> 8
     return lost
 
 
@@ -203,6 +254,42 @@ def encode_rows(
         kind,
         numba.carray(out, (count, packed)),
         numba.carray(scalars, count),
+    )
+
+
+@numba.cfunc(
+    types.int64(
+        _FLOATS, types.int64, types.int64, _INTEGERS, _INTEGERS, _FLOATS, _FLOATS, _FLOATS,
+        _INTEGERS, _FLOATS, _FLOATS, _INTEGERS, _INTEGERS, _BYTES,
+    ),
+    cache=_CACHE,
+)  # fmt: skip
+def store_rows(
+    x, count, rows, slots, sizes, mean, maps, weight, groups, centroids, boundaries, places,
+    planes, pages,
+):  # fmt: skip
+    """Vectors [count, rows, D], tokens of `rows` heads, into half pages at slots; -1 is skipped.
+
+    As `encode_rows`; what float16 cannot hold is counted, and not stored. places: bytes from page
+    to page and from head to head, tokens of a page, byte where its scalars begin, planes, bytes of
+    all pages. planes: of each the first byte, bytes a row, byte of the packed vector.
+    """
+    heads, dim, mapped, groups_count, books, edges, packed, kind = numba.carray(sizes, 8)
+    page, head, tokens, scalars, planes_count, total = numba.carray(places, 6)
+    return _store(
+        numba.carray(x, (count, rows, dim)),
+        numba.carray(slots, count),
+        numba.carray(mean, (heads, dim)),
+        numba.carray(maps, (mapped, dim, dim)),
+        numba.carray(weight, (heads, dim)),
+        numba.carray(groups, (groups_count, 4)),
+        numba.carray(centroids, books),
+        numba.carray(boundaries, edges),
+        kind,
+        packed,
+        (page, head, tokens, scalars),
+        numba.carray(planes, (planes_count, 3)),
+        numba.carray(pages, total),
     )
 
 

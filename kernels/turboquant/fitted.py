@@ -148,7 +148,7 @@ class FittedCodec:
         books = (*self._centroids.values(), *self._boundaries.values())
         own = self.fit.nbytes + sum(book.untyped_storage().nbytes() for book in books)
         tables = (*self.fit.tensors, *books)
-        return own + (self._cpu_tables.bytes_apart(tables) if "_cpu_tables" in self.__dict__ else 0)
+        return own + (self.cpu_tables.bytes_apart(tables) if "cpu_tables" in self.__dict__ else 0)
 
     @in_float32
     def encode(self, x_BHTD: Tensor) -> PackedVectors:
@@ -157,7 +157,7 @@ class FittedCodec:
         Raises as `MseCodec.encode`; H must be the fit's too.
         """
         require_vectors(x_BHTD, self.head_dim, self.heads)
-        return self._cpu_tables.encode(x_BHTD) if on_cpu(x_BHTD) else self.encode_reference(x_BHTD)
+        return self.cpu_tables.encode(x_BHTD) if on_cpu(x_BHTD) else self.encode_reference(x_BHTD)
 
     def encode_reference(self, x_BHTD: Tensor) -> PackedVectors:
         """As `encode` on any device, by PyTorch; refuses nothing."""
@@ -175,7 +175,7 @@ class FittedCodec:
     def decode(self, packed: PackedVectors, dtype: torch.dtype = torch.float32) -> Tensor:
         """Packed vectors → `dtype` [B, H, T, D]; float32 arithmetic, rounded once at the end."""
         if on_cpu(packed.scalars):
-            coded_BHTC = self._cpu_tables.decode(packed.indices, self._scale(packed))
+            coded_BHTC = self.cpu_tables.decode(packed.indices, self._scale(packed))
         else:
             coded_BHTC = self._coded_vectors(packed)
         return (self.from_coded(coded_BHTC) + self.fit.mean_HD[:, None]).to(dtype)
@@ -213,7 +213,8 @@ class FittedCodec:
         return torch.cat(parts, dim=-1) * self._scale(packed)[..., None]
 
     @cached_property
-    def _cpu_tables(self) -> "CpuTables":
+    def cpu_tables(self) -> "CpuTables":
+        """What the compiled loops read."""
         from stillhouse.kernels.turboquant.cpu_codec import CpuTables
 
         fit = self.fit

@@ -13,6 +13,7 @@ bits, D head size, C coded channels.
 
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import AttentionInterface
 
 from stillhouse.kernels.paged_attention import FP8, RecordFormat, VectorFormat
-from stillhouse.kernels.paged_attention.refusals import LEAST_RECORDS
+from stillhouse.kernels.paged_attention.refusals import LEAST_DIM, LEAST_RECORDS
 from stillhouse.kernels.turboquant import (
     ChannelGroup,
     FittedCodec,
@@ -32,6 +33,7 @@ from stillhouse.kernels.turboquant import (
 from stillhouse.workers.cache.rows import Rows
 
 PACKED_ATTENTION = "stillhouse_packed"
+_DECODERS: WeakKeyDictionary[Any, tuple[Any, Any]] = WeakKeyDictionary()
 
 
 class PackedStates(Tensor):
@@ -77,7 +79,8 @@ def _is_readable(rows: Rows) -> bool:
     packs = isinstance(codec, FittedCodec | Fp8Codec) or (
         isinstance(codec, MseCodec) and codec.bits < FP8 and codec.law == "gaussian"
     )
-    return packs and device == "cpu" and rows.packed_length >= LEAST_RECORDS
+    wide = rows.recent_BHTD.shape[-1] >= LEAST_DIM
+    return packs and wide and device == "cpu" and rows.packed_length >= LEAST_RECORDS
 
 
 def _attend(
@@ -113,8 +116,13 @@ def _attend_packed(
     batch, heads, _, dim = query.shape
     groups = key.rows[0].recent_BHTD.shape[1]
     query_BHGD = query.view(batch, groups, heads // groups, dim).float()
-    query_BHGD = query_BHGD * (dim**-0.5 if scaling is None else scaling)
-    out_BHGD = attend_rows(query_BHGD, key.rows, _visible(key, attention_mask), softcap or 0.0)
+    out_BHGD = attend_rows(
+        query_BHGD,
+        key.rows,
+        _visible(key, attention_mask),
+        scaling=dim**-0.5 if scaling is None else scaling,
+        softcap=softcap or 0.0,
+    )
     return out_BHGD.view(batch, 1, heads, dim).to(query.dtype)
 
 
@@ -161,71 +169,74 @@ def _visible(key: PackedStates, mask: Tensor | None) -> list[tuple[int, int]]:
 
 
 def attend_rows(
-    query_BHGD: Tensor, rows: tuple[Rows, ...], visible: Sequence[tuple[int, int]], softcap: float
+    query_BHGD: Tensor,
+    rows: tuple[Rows, ...],
+    visible: Sequence[tuple[int, int]],
+    *,
+    scaling: float,
+    softcap: float = 0.0,
 ) -> Tensor:
-    """softmax(q · keys) · values over the slots [first, end) of each sequence: [B, H, G, D].
+    """softmax(q · keys · scaling) · values over the slots [first, end) of each sequence.
 
-    query_BHGD: float32, times the softmax scale.
+    query_BHGD: float32. Returns float32 [B, H, G, D].
     """
     from stillhouse.kernels.paged_attention import cpu
 
     keys, values = rows
     codec: Any = keys.codec
     shown: Any = values.codec
-    decoder = cpu.decoder(
-        RecordFormat.of(_format(codec), _format(shown)), query_BHGD.shape[2], softcap
-    )
+    decoder = _decoder(codec, shown, query_BHGD.shape[2], softcap)
+    query_BHGD = query_BHGD * (scaling * cpu.LOG2E)
     mean_HD = _mean(codec)
-    offset = None if mean_HD is None else (query_BHGD @ mean_HD[:, :, None])[..., 0]
-    start = _pads_and_sinks(keys, len(visible))
-    ranges = [
-        (max(first, at, keys.first_packed) - keys.first_packed, keys.packed_length)
-        for (first, _), at in zip(visible, start, strict=True)
-    ]
-    m_BHG, total_BHG, sum_BHGC = decoder.attend(
+    ranges, raw_ranges = _ranges(keys, visible)
+    coded_BHGC, raw_BHGD = decoder.attend_with(
         query_BHGD if isinstance(codec, Fp8Codec) else codec.query_in_coded(query_BHGD),
         _packed(keys.packed),
         _packed(values.packed),
         ranges,
-        offset_BHG=offset,
+        cpu.RawTokens(query_BHGD, _raw_parts(rows), raw_ranges, _mean(shown)),
+        offset_BHG=None if mean_HD is None else (query_BHGD @ mean_HD[:, :, None])[..., 0],
     )
-    out_BHGD = sum_BHGC if isinstance(shown, Fp8Codec) else shown.from_coded(sum_BHGC)
-    mean_HD = _mean(shown)
-    if mean_HD is not None:
-        out_BHGD = out_BHGD + total_BHG[..., None] * mean_HD[:, None]
-    if keys.sinks is None and not keys.recent_BHTD.shape[2]:
-        return out_BHGD / total_BHG[..., None]
-    return _with_raw(query_BHGD, rows, visible, softcap, (m_BHG, total_BHG, out_BHGD))
+    packed_BHGD = coded_BHGC if isinstance(shown, Fp8Codec) else shown.from_coded(coded_BHGC)
+    out_BHGD: Tensor = raw_BHGD.add_(packed_BHGD)
+    return out_BHGD
 
 
-def _with_raw(
-    query_BHGD: Tensor,
-    rows: tuple[Rows, ...],
-    visible: Sequence[tuple[int, int]],
-    softcap: float,
-    packed: tuple[Tensor, Tensor, Tensor],
-) -> Tensor:
-    """The softmax over packed tokens and those in 16 bits."""
-    m_BHG, total_BHG, out_BHGD = packed
-    key_BHRD, value_BHRD = (_raw(part) for part in rows)
-    score_BHGR = query_BHGD @ key_BHRD.mT
-    if softcap:
-        score_BHGR = softcap * torch.tanh(score_BHGR / softcap)
-    hidden_BR = _hidden(rows[0], visible)
-    if hidden_BR is not None:
-        score_BHGR = score_BHGR.masked_fill(hidden_BR[:, None, None], -torch.inf)
-    top_BHG = torch.maximum(m_BHG, score_BHGR.amax(-1))
-    weight_BHGR = (score_BHGR - top_BHG[..., None]).exp()
-    share_BHG = (m_BHG - top_BHG).exp()
-    total_BHG = total_BHG * share_BHG + weight_BHGR.sum(-1)
-    out_BHGD = out_BHGD * share_BHG[..., None] + weight_BHGR @ value_BHRD
-    return out_BHGD / total_BHG[..., None]
+def _decoder(codec: Any, shown: Any, group: int, softcap: float) -> Any:
+    """Kept with the keys' codec: a format's hash takes as long as a small head's attention."""
+    from stillhouse.kernels.paged_attention import cpu
+
+    found = _DECODERS.get(codec)
+    if found is None or found[0] != (id(shown), group, softcap):
+        format = RecordFormat.of(_format(codec), _format(shown))
+        found = (id(shown), group, softcap), cpu.decoder(format, group, softcap)
+        _DECODERS[codec] = found
+    return found[1]
 
 
-def _raw(rows: Rows) -> Tensor:
-    """Sinks, then recent ones."""
-    recent = rows.recent_BHTD.float()
-    return recent if rows.sinks is None else torch.cat((rows.sinks.values_BHSD.float(), recent), 2)
+def _raw_parts(rows: tuple[Rows, ...]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Keys and values of the sinks, and of recent tokens."""
+    keys, values = rows
+    recent = keys.recent_BHTD, values.recent_BHTD
+    if keys.sinks is None or values.sinks is None:
+        return (recent[0][:, :, :0], recent[1][:, :, :0]), recent
+    return (keys.sinks.values_BHSD, values.sinks.values_BHSD), recent
+
+
+def _ranges(
+    rows: Rows, visible: Sequence[tuple[int, int]]
+) -> tuple[list[tuple[int, int]], list[tuple[int, int, int, int]]]:
+    """Of each sequence the packed vectors, and the sinks and recent tokens, that its token sees."""
+    sinks = 0 if rows.sinks is None else rows.sinks.count
+    recent = rows.recent_BHTD.shape[2]
+    packed, raw = [], []
+    for (first, end), start in zip(visible, _pads_and_sinks(rows, len(visible)), strict=True):
+        begin = max(first, start, rows.first_packed) - rows.first_packed
+        packed.append((begin, rows.packed_length))
+        zero = start - sinks  # the slot of the first sink
+        seen = max(first - zero, 0), min(end - zero, sinks)
+        raw.append((*seen, min(max(max(first, start) - (end - recent), 0), recent), recent))
+    return packed, raw
 
 
 def _pads_and_sinks(rows: Rows, batch: int) -> list[int]:
@@ -235,24 +246,6 @@ def _pads_and_sinks(rows: Rows, batch: int) -> list[int]:
         return [0] * batch
     padding = [0] * batch if sinks.padding_B is None else sinks.padding_B.tolist()
     return [pads + sinks.count for pads in padding]
-
-
-def _hidden(rows: Rows, visible: Sequence[tuple[int, int]]) -> Tensor | None:
-    """Which of the tokens of `_raw` no query sees, [B, R]; None where all are seen."""
-    sinks = 0 if rows.sinks is None else rows.sinks.count
-    recent = rows.recent_BHTD.shape[2]
-    starts = _pads_and_sinks(rows, len(visible))
-    end = visible[0][1]
-    plain = all(first == 0 for first, _ in visible) and all(at <= end - recent for at in starts)
-    if plain and (rows.sinks is None or rows.sinks.padding_B is None):
-        return None
-    first_B1 = torch.tensor([[first] for first, _ in visible])
-    start_B1 = torch.tensor([[at] for at in starts])
-    sink_BS = start_B1 - sinks + torch.arange(sinks)
-    recent_BR = torch.arange(end - recent, end).expand(len(visible), -1)
-    seen_BS = (sink_BS >= first_B1) & (sink_BS < end)
-    seen_BR = (recent_BR >= first_B1) & (recent_BR >= start_B1)
-    return ~torch.cat((seen_BS, seen_BR), dim=-1)
 
 
 def _format(codec: Any) -> VectorFormat:

@@ -164,7 +164,9 @@ class Rows:
         if old:
             packed = join(packed, self.codec.encode(new[:, :, self.overlap : stop]), 2)
         overlap = stop if hold and self.recent_limit else 0
-        recent = to_half(new[:, :, stop - overlap :]).clone()
+        recent = self.recent_BHTD
+        if recent.shape[2] or new.shape[2] > stop - overlap:
+            recent = to_half(new[:, :, stop - overlap :]).clone()
         return replace(self, sinks=sinks, packed=packed, recent_BHTD=recent, overlap=overlap)
 
     def decode(self, first: int, end: int, dtype: torch.dtype, read_at: int) -> Tensor:

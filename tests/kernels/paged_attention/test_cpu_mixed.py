@@ -1,0 +1,152 @@
+"""One softmax over packed tokens and tokens in 16 bits, and the threads that compute it."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from stillhouse.kernels.paged_attention import PageFormat, VectorFormat, cpu, cpu_threads
+from stillhouse.kernels.paged_attention.cpu import LOG2E, PackedHalf, RawTokens
+from stillhouse.kernels.paged_attention.reference import attend_packed_reference
+from tests.kernels.paged_attention.packed_pages import Filled, filled
+
+HEADS, GROUP = 2, 3
+
+
+def pages_of(dim: int) -> PageFormat:
+    return PageFormat.of(VectorFormat.uniform(dim, 4), VectorFormat.uniform(dim, 3), 16)
+
+
+def raw_tokens(
+    batch: int,
+    counts: tuple[int, int],
+    dim: int,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    ranges: list[tuple[int, int, int, int]],
+) -> RawTokens:
+    draw = torch.Generator().manual_seed(sum(counts))
+    parts = []
+    for count in counts:  # as a cache holds them: heads behind tokens
+        shape = (2, batch, count, HEADS, dim)
+        both = torch.randn(shape, generator=draw).transpose(2, 3)
+        parts.append((both[0].to(dtypes[0]), both[1].to(dtypes[1])))
+    query = torch.randn((batch, HEADS, GROUP, dim), generator=draw) / dim**0.5
+    mean = torch.randn((HEADS, dim), generator=draw)
+    return RawTokens(query * LOG2E, (parts[0], parts[1]), ranges, mean)
+
+
+def expected_shares(
+    format: PageFormat, made: Filled, spans: list[tuple[int, int]], raw: RawTokens, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """In float64, by merging what the reference sums."""
+    m, total, out = attend_packed_reference(
+        made.query, made.keys, made.values, format, made.table, spans, softcap=softcap
+    )
+    coded, plain = torch.empty_like(out), torch.empty_like(raw.query_BHGD, dtype=torch.float64)
+    for b, ends in enumerate(raw.ranges):
+        keys, values = (
+            torch.cat(
+                [raw.parts[i][kind][b, :, ends[2 * i] : ends[2 * i + 1]].double() for i in (0, 1)],
+                dim=1,
+            )
+            for kind in (0, 1)
+        )
+        score = raw.query_BHGD[b].double() / LOG2E @ keys.mT
+        score = softcap * torch.tanh(score / softcap) if softcap else score
+        both = torch.cat((m[b][..., None] + total[b][..., None].log(), score), -1).softmax(-1)
+        packed, own = both[..., :1], both[..., 1:]
+        assert raw.mean_HD is not None
+        plain[b] = own @ values + packed * raw.mean_HD[:, None].double()
+        coded[b] = out[b] / total[b].clamp_min(1e-300)[..., None] * packed
+    return coded, plain
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.tuples(st.integers(0, 90), st.integers(0, 90)), min_size=1, max_size=3),
+    st.tuples(st.integers(1, 5), st.integers(0, 40)),
+    st.sampled_from([16, 24, 64]),
+    st.sampled_from([torch.float16, torch.bfloat16]),
+    st.sampled_from([torch.float16, torch.bfloat16]),
+    st.sampled_from([0.0, 2.0]),
+    st.sampled_from([1, 2]),
+)
+def test_one_softmax(
+    ends: list[tuple[int, int]],
+    counts: tuple[int, int],
+    dim: int,
+    key_dtype: torch.dtype,
+    value_dtype: torch.dtype,
+    softcap: float,
+    threads: int,
+) -> None:
+    format, spans = pages_of(dim), [(min(pair), max(pair)) for pair in ends]
+    made = filled(format, [last for _, last in spans], HEADS, GROUP, seed=dim)
+    seen = [(b % counts[0], counts[0], min(b, counts[1]), counts[1]) for b in range(len(spans))]
+    raw = raw_tokens(len(spans), counts, dim, (key_dtype, value_dtype), seen)
+    found = cpu.decoder(format, GROUP, softcap).attend_with(
+        made.query * LOG2E, PackedHalf(made.keys), PackedHalf(made.values), spans, raw,
+        made.table, threads=threads,
+    )  # fmt: skip
+    expected = expected_shares(format, made, spans, raw, softcap)
+    one, two = (torch.cat([part.double() for part in parts], -1) for parts in (found, expected))
+    assert bool(one.isfinite().all())
+    assert float((one - two).norm() / two.norm()) < 1e-5
+
+
+def test_raw_tokens_that_do_not_fit_are_refused() -> None:
+    format = pages_of(16)
+    made = filled(format, [20], HEADS, GROUP)
+    kinds = (torch.float16, torch.float16)
+    good = raw_tokens(1, (2, 3), 16, kinds, [(0, 2, 0, 3)])
+
+    def attend(raw: RawTokens) -> None:
+        halves = PackedHalf(made.keys), PackedHalf(made.values)
+        cpu.decoder(format, GROUP).attend_with(made.query, *halves, [(0, 20)], raw, made.table)
+
+    attend(good)
+    narrow = raw_tokens(1, (2, 3), 8, kinds, [(0, 2, 0, 3)])
+    (keys, values), recent = good.parts
+    for raw, words in (
+        (narrow, "queries .* of 16 channels or more"),
+        (good._replace(query_BHGD=good.query_BHGD.double()), "expected float32 queries"),
+        (good._replace(mean_HD=good.query_BHGD[0, 0]), r"expected float32 means \[2, 16\]"),
+        (good._replace(parts=((keys.float(), values), recent)), "keys and values in 16 bits"),
+        (good._replace(parts=((keys, values[:, :, 1:]), recent)), "keys and values in 16 bits"),
+        (good._replace(ranges=[(0, 3, 0, 3)]), r"ranges within \[2, 3\] tokens"),
+        (good._replace(ranges=[(-1, 2, 0, 3)]), r"ranges within \[2, 3\] tokens"),
+        (good._replace(ranges=[]), "ranges of 1 sequences, found 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            attend(raw)
+
+
+def attended(format: PageFormat, made: Filled, threads: int) -> Tensor:
+    halves = PackedHalf(made.keys), PackedHalf(made.values)
+    spans = [(0, 1200)]
+    return cpu.decoder(format, GROUP).attend(
+        made.query, *halves, spans, made.table, threads=threads
+    )[2]
+
+
+def test_a_pool_does_what_a_team_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    format = pages_of(64)
+    made = filled(format, [1200], HEADS, GROUP)
+    expected = attended(format, made, 1)
+    assert torch.equal(attended(format, made, 2), expected)
+    monkeypatch.setattr(cpu_threads, "_team", lambda: None)
+    assert torch.equal(attended(format, made, 2), expected)
+
+
+def test_a_forked_child_attends_with_threads_of_its_own() -> None:
+    """libgomp's threads do not live on in a child; waiting for them would never end."""
+    format = pages_of(64)
+    made = filled(format, [1200], HEADS, GROUP)
+    expected = attended(format, made, 2)
+    child = os.fork()
+    if not child:
+        os._exit(0 if torch.equal(attended(format, made, 2), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
