@@ -6,6 +6,7 @@ tokens, C coded channels of a key, V of a value.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,6 +77,44 @@ def attend_packed_reference(
         found.append(softmax_sums(query_BHGC[b], key_HTC, value_HTV, softcap=softcap))
     m, total, out = (torch.stack(parts) for parts in zip(*found, strict=True))
     return m, total, out
+
+
+def attend_reference(
+    query_BHGD: Tensor,
+    coded: Sequence[tuple[Tensor, Tensor]],
+    basis: tuple[Any, Any],
+    *,
+    scaling: float,
+    softcap: float = 0.0,
+    raw: Sequence[tuple[Tensor, Tensor]] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The whole of `gpu.GpuDecoder.attend`: [B, H, G, D] and [B, H, G], float64.
+
+    coded: keys [H, T, C] and values [H, T, V] of each sequence, as `coded_vectors` has them. basis:
+    `gpu.CodedBasis` of both. raw: keys and values [H, R, D] of each sequence.
+    """
+    outs, sums = [], []
+    for b, (key_HTC, value_HTV) in enumerate(coded):
+        decoded = [_times(key_HTC, basis[0].into_HDC, True), _times(value_HTV, basis[1].back_HCD)]
+        for place in range(2):
+            if basis[place].mean_HD is not None:
+                decoded[place] = decoded[place] + basis[place].mean_HD.double()[:, None]
+            if raw is not None:
+                decoded[place] = torch.cat((decoded[place], raw[b][place].double()), dim=1)
+        score_HGT = query_BHGD[b].double() @ decoded[0].mT * scaling
+        if softcap:
+            score_HGT = softcap * torch.tanh(score_HGT / softcap)
+        seen = score_HGT.shape[-1] > 0
+        sums.append(score_HGT.logsumexp(-1) if seen else score_HGT.sum(-1) - math.inf)
+        outs.append(score_HGT.softmax(-1) @ decoded[1])
+    return torch.stack(outs), torch.stack(sums)
+
+
+def _times(coded_HTC: Tensor, map_H: Tensor | None, transposed: bool = False) -> Tensor:
+    if map_H is None:
+        return coded_HTC
+    product: Tensor = coded_HTC @ (map_H.double().mT if transposed else map_H.double())
+    return product
 
 
 def chunk_shares(

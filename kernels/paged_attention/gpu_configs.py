@@ -1,0 +1,147 @@
+"""Which tiles the Triton kernels take, and the constants that they are compiled with.
+
+`tools/kernel_report.py` compiles these; docs/kernels.md has the instruction counts behind them.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from stillhouse.kernels.paged_attention.triton_unpack import elements, tile_columns, tile_count
+
+MOST_SPLITS = 128  # of a sequence; the merge reads as many sums a query
+
+
+@dataclass(frozen=True, slots=True)
+class AttendShape:
+    """What decode attention is compiled for. C: coded channels of keys, V: of values."""
+
+    head_dim: int
+    key_channels: int
+    value_channels: int
+    key_bits: int
+    value_bits: int
+    group: int
+    page: int
+    raw: bool = False
+    capped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """block: tokens of a tile. warps and stages as Triton has them."""
+
+    block: int
+    warps: int
+    stages: int = 2
+
+
+def tiling(shape: AttendShape) -> Tiling:
+    """Warps share a tile's columns where there are 8 for each; else they would decode it again."""
+    columns = min(
+        tile_columns(shape.key_channels, shape.key_bits),
+        tile_columns(shape.value_channels, shape.value_bits),
+    )
+    warps = min(columns // 8, 4) if columns > 16 else 1
+    return Tiling(max(32, min(32 * warps, shape.page)), warps)
+
+
+def attend_options(shape: AttendShape, splits: int, *, check: bool, asm: bool) -> dict[str, Any]:
+    """Keyword arguments of a launch of `attend_kernel`."""
+    found = tiling(shape)
+    options: dict[str, Any] = {
+        "D": shape.head_dim, "D_PAD": padded(shape.head_dim),
+        "C": shape.key_channels, "V": shape.value_channels,
+        "G": shape.group, "M": rows_of(shape.group),
+        "PAGE": shape.page, "BLOCK": found.block, "SPLITS": splits, "STAGES": found.stages,
+        "HAS_RAW": shape.raw, "HAS_CAP": shape.capped, "CHECK": check, "ASM": asm,
+        "num_warps": found.warps, "num_stages": found.stages, "enable_fp_fusion": True,
+        "debug": check,
+    }  # fmt: skip
+    return options | tile_options(shape)
+
+
+def tile_options(shape: AttendShape) -> dict[str, int]:
+    """How rows of both halves are cut into tiles."""
+    options = {}
+    for name, channels, bits in (
+        ("KEY", shape.key_channels, shape.key_bits),
+        ("VALUE", shape.value_channels, shape.value_bits),
+    ):
+        options[f"{name}_BITS"] = bits
+        options[f"{name}_TILES"] = tile_count(channels, bits)
+        options[f"{name}_COLUMNS"] = tile_columns(channels, bits)
+    return options
+
+
+def query_options(
+    head_dim: int, channels: int, rows: int, *, root: bool, mapped: bool, mean: bool
+) -> dict[str, Any]:
+    """Keyword arguments of a launch of `query_kernel`."""
+    return {
+        "D": head_dim, "C": channels, "C_PAD": padded(channels), "M": rows, "CHUNK": 16,
+        "HAS_ROOT": root, "HAS_MAP": mapped, "HAS_MEAN": mean,
+        "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True,
+    }  # fmt: skip
+
+
+def merge_options(shape: AttendShape, splits: int, *, mapped: bool, mean: bool) -> dict[str, Any]:
+    """Keyword arguments of a launch of `merge_kernel`."""
+    return {
+        "D": shape.head_dim, "V": shape.value_channels, "V_PAD": padded(shape.value_channels),
+        "G": shape.group, "SPLITS": splits, "SPLITS_PAD": padded(splits + shape.raw),
+        "TAKEN": min(16, padded(splits)), "CHUNK": 16,
+        "HAS_RAW": shape.raw, "HAS_MAP": mapped, "HAS_MEAN": mean,
+        "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True,
+    }  # fmt: skip
+
+
+def chunk_options(
+    shape: AttendShape, rows: int, *, windowed: bool, check: bool, asm: bool
+) -> dict[str, Any]:
+    """Keyword arguments of a launch of `chunk_kernel`, for so many rows."""
+    block = max(32, min(64, shape.page))
+    return {
+        "D": shape.head_dim, "D_PAD": padded(shape.head_dim),
+        "C": shape.key_channels, "V": shape.value_channels,
+        "G": shape.group, "M": min(64, rows_of(rows)),
+        "PAGE": shape.page, "BLOCK": block, "STAGES": 2,
+        "HAS_WINDOW": windowed, "HAS_CAP": shape.capped, "CHECK": check, "ASM": asm,
+        "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True, "debug": check,
+    } | tile_options(shape)  # fmt: skip
+
+
+def finish_options(
+    head_dim: int, channels: int, rows: int, *, mapped: bool, mean: bool
+) -> dict[str, Any]:
+    """Keyword arguments of a launch of `finish_kernel`."""
+    return {
+        "D": head_dim, "D_PAD": padded(head_dim), "V": channels, "M": min(32, rows_of(rows)),
+        "CHUNK": 16, "HAS_MAP": mapped, "HAS_MEAN": mean,
+        "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True,
+    }  # fmt: skip
+
+
+def split_count(shape: AttendShape, programs: int, tokens: int, processors: int) -> int:
+    """Parts of each sequence's tokens, so that a GPU of so many processors (SMs) is full once.
+
+    programs: sequences times key/value heads. A part has two tiles or more.
+    """
+    found = tiling(shape)
+    resident = processors * max(1, 12 // found.warps)  # 12 warps fit their registers on an SM
+    most = min(-(-tokens // (2 * found.block)), MOST_SPLITS)
+    return max(1, min(resident // max(1, programs), most))
+
+
+def padded(count: int) -> int:
+    """The power of two at or above, 1 at least."""
+    return 1 << (max(count, 1) - 1).bit_length()
+
+
+def rows_of(group: int) -> int:
+    """Rows of a tile of queries: a product has 16 or more."""
+    return max(16, padded(group))
+
+
+def has_wide_rows(channels: int) -> bool:
+    """Whether `triton_unpack` reads rows of so many channels: 64, 80, … 256."""
+    return channels % 16 == 0 and elements(channels, 2) >= 8 and channels <= 256

@@ -1,0 +1,339 @@
+"""Decode attention's Triton kernels against float64, under Triton's interpreter or on a GPU.
+
+`pytest -m gpu` compiles them; any other run interprets them on CPU tensors (tests/conftest.py).
+"""
+
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from triton.runtime.errors import InterpreterError
+from triton.runtime.interpreter import InterpreterOptions, interpreter_builder
+
+from stillhouse.kernels.paged_attention.gpu import CodedBasis, GpuDecoder, RawTokens, Sequences
+from stillhouse.kernels.paged_attention.gpu_configs import AttendShape, split_count
+from stillhouse.kernels.paged_attention.reference import attend_reference
+from stillhouse.kernels.turboquant import ChannelGroup, MseCodec
+from tests.kernels.paged_attention.gpu_pages import Paged, codec_of, fitted, paged
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+# The interpreter cuts bfloat16 off where a GPU rounds it; float16 shows the kernel's own error.
+BOUND = {torch.float16: 2e-3, torch.bfloat16: 5e-3}
+RANGES = [(0, 70), (0, 1), (5, 5), (9, 64)]
+
+
+@pytest.fixture(autouse=True)
+def numpy_may_overflow() -> Iterator[None]:
+    # The interpreter computes with NumPy, which warns where a GPU gives an infinity.
+    with np.errstate(all="ignore"):
+        yield
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def queries(*shape: int, dtype: torch.dtype = torch.float16, seed: int = 3) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def decoder_of(case: Paged, dim: int, **more: Any) -> GpuDecoder:
+    options: dict[str, Any] = {"scaling": dim**-0.5} | more
+    return GpuDecoder(*case.bases, case.format.tokens, dim, **options)
+
+
+def worst(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The relative error of the output of a head, the largest of all sequences and heads."""
+    error = (found.double().cpu() - wanted).flatten(2).norm(dim=-1)
+    return float((error / wanted.flatten(2).norm(dim=-1).clamp_min(1e-9)).max())
+
+
+def compared(
+    case: Paged, query: torch.Tensor, device: str, *, raw: Any = None, **more: Any
+) -> float:
+    """`worst` of a call, after its logarithms were compared."""
+    dim, splits = query.shape[-1], more.pop("splits", 2)
+    decoder = decoder_of(case, dim, **more)
+    keys, values, sequences = case.to(device)
+    out, lse = decoder.attend(
+        query.to(device), keys, values, sequences, splits=splits, raw=raw and raw[0]
+    )
+    bases = tuple(_on_cpu(basis) for basis in case.bases)
+    wanted, sums = attend_reference(
+        query,
+        case.coded,
+        (bases[0], bases[1]),
+        scaling=dim**-0.5,
+        softcap=more.get("softcap", 0.0),
+        raw=raw and raw[1],
+    )
+    torch.testing.assert_close(lse.double().cpu(), sums, rtol=3e-4, atol=4e-3)
+    assert out.dtype == query.dtype
+    return worst(out, wanted)
+
+
+def _on_cpu(basis: CodedBasis) -> CodedBasis:
+    maps = (basis.into_HDC, basis.back_HCD, basis.mean_HD)
+    return CodedBasis(basis.format, *(None if part is None else part.cpu() for part in maps))
+
+
+@pytest.mark.parametrize("bits", [(2, 2), (3, 3), (4, 4), (8, 8), (3, 2), (8, 4), (2, 8)])
+def test_every_format_is_within_the_bound(bits: tuple[int, int], device: str) -> None:
+    case = paged((codec_of(bits[0], 64), codec_of(bits[1], 64)), RANGES, 2, 32, device)
+    error = compared(case, queries(4, 2, 3, 64), device)
+    assert error < BOUND[torch.float16]
+
+
+@pytest.mark.parametrize("dim", [80, 96, 128, 192, 256])
+def test_every_head_size_is_within_the_bound(dim: int, device: str) -> None:
+    case = paged((codec_of(3, dim), codec_of(4, dim)), RANGES, 1, 32, device)
+    assert compared(case, queries(4, 1, 4, dim), device) < BOUND[torch.float16]
+
+
+@pytest.mark.parametrize("page", [16, 32, 64, 128])
+def test_pages_of_every_size_and_bfloat16(page: int, device: str) -> None:
+    case = paged((codec_of(4, 64), codec_of(8, 64)), [(3, 150), (0, 2)], 2, page, device)
+    query = queries(2, 2, 5, 64, dtype=torch.bfloat16)
+    bound = 2e-3 if device == "cuda" else BOUND[torch.bfloat16]
+    assert compared(case, query, device) < bound
+
+
+@settings(max_examples=6)
+@given(
+    st.lists(st.tuples(st.integers(0, 50), st.integers(0, 60)), min_size=1, max_size=3),
+    st.sampled_from([2, 3, 4, 8]),
+    st.sampled_from([2, 3, 4, 8]),
+    st.sampled_from([64, 80, 128]),
+    st.sampled_from([16, 32, 64, 128]),
+    st.sampled_from([1, 2, 7, 16, 17]),
+    st.integers(1, 5),
+    st.integers(0, 1000),
+)
+def test_ragged_sequences_of_any_format(
+    lengths: list[tuple[int, int]],
+    key_bits: int,
+    value_bits: int,
+    dim: int,
+    page: int,
+    group: int,
+    splits: int,
+    seed: int,
+) -> None:
+    ranges = [(first, first + count) for first, count in lengths]
+    codecs = (codec_of(key_bits, dim), codec_of(value_bits, dim))
+    case = paged(codecs, ranges, 1, page, seed=seed)
+    query = queries(len(ranges), 1, group, dim, seed=seed)
+    assert compared(case, query, "cpu", splits=splits) < BOUND[torch.float16]
+
+
+def test_fitted_maps_means_and_fewer_channels(device: str) -> None:
+    codecs = (fitted(4, 80, 96, 2), fitted(3, 64, 96, 2, seed=2))
+    case = paged((codecs[0], codecs[1]), RANGES, 2, 32, device)
+    assert case.bases[0].mean_HD is not None
+    assert case.bases[1].back_HCD is not None
+    assert case.bases[1].back_HCD.shape == (2, 64, 96)
+    assert compared(case, queries(4, 2, 3, 96) / 4, device) < BOUND[torch.float16]
+
+
+def test_soft_caps(device: str) -> None:
+    case = paged((codec_of(4, 64), codec_of(4, 64)), RANGES, 2, 32, device)
+    query = queries(4, 2, 3, 64) * 20
+    assert compared(case, query, device, softcap=5.0) < BOUND[torch.float16]
+
+
+def test_tokens_in_16_bits_share_the_softmax(device: str) -> None:
+    case = paged((fitted(4, 64, 64, 2), fitted(4, 64, 64, 2)), RANGES, 2, 32, device)
+    key, value = (queries(4, 2, 21, 64, dtype=torch.bfloat16, seed=seed) for seed in (5, 6))
+    ends = [(0, 21), (3, 20), (7, 7), (0, 1)]
+    first, last = (torch.tensor(part, dtype=torch.int32) for part in zip(*ends, strict=True))
+    tokens = RawTokens(*(part.to(device) for part in (key, value, first, last)))
+    seen = [(key[b, :, i:j], value[b, :, i:j]) for b, (i, j) in enumerate(ends)]
+    error = compared(case, queries(4, 2, 3, 64) / 4, device, raw=(tokens, seen))
+    assert error < BOUND[torch.float16]
+
+
+def test_a_sequence_without_tokens_gets_zeros_and_minus_infinity(device: str) -> None:
+    case = paged((codec_of(8, 64), codec_of(8, 64)), [(0, 0), (40, 40)], 2, 16, device)
+    keys, values, sequences = case.to(device)
+    out, lse = decoder_of(case, 64).attend(
+        queries(2, 2, 3, 64).to(device), keys, values, sequences, splits=3
+    )
+    assert not out.any()
+    assert bool((lse == -math.inf).all())
+
+
+def test_scores_far_above_and_below_all_others(device: str) -> None:
+    case = paged((codec_of(8, 64), codec_of(4, 64)), [(0, 70), (0, 33)], 2, 16, device)
+    assert compared(case, queries(2, 2, 3, 64) * 60, device) < 4e-3
+
+
+@pytest.mark.parametrize("splits", [2, 3, 9])
+def test_the_number_of_splits_hardly_matters(splits: int, device: str) -> None:
+    case = paged((codec_of(4, 64), codec_of(4, 64)), [(7, 290), (0, 40)], 2, 16, device)
+    keys, values, sequences = case.to(device)
+    query, decoder = queries(2, 2, 3, 64).to(device), decoder_of(case, 64)
+    one, one_lse = decoder.attend(query, keys, values, sequences, splits=1)
+    out, lse = decoder.attend(query, keys, values, sequences, splits=splits)
+    assert worst(out, one.double().cpu()) < 1e-3
+    torch.testing.assert_close(lse, one_lse, rtol=0, atol=1e-5)
+
+
+def test_the_order_of_pages_does_not_matter_at_all(device: str) -> None:
+    case = paged((codec_of(3, 64), codec_of(4, 64)), [(7, 190), (0, 40)], 2, 16, device)
+    keys, values, (table, *ends) = case.to(device)
+    order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(9))
+    moved = torch.empty_like(order)
+    moved[order] = torch.arange(len(order))
+    query, decoder = queries(2, 2, 3, 64).to(device), decoder_of(case, 64)
+    one = decoder.attend(query, keys, values, Sequences(table, *ends), splits=2)
+    there = Sequences(moved.int().to(device)[table.long()], *ends)
+    order = order.to(device)
+    two = decoder.attend(query, keys[order], values[order], there, splits=2)
+    assert torch.equal(one[0], two[0])
+    assert torch.equal(one[1], two[1])
+
+
+def test_strides_of_a_cache_that_keeps_both_halves_together(device: str) -> None:
+    case = paged((codec_of(4, 64), codec_of(3, 64)), RANGES, 2, 32, device)
+    keys, values, sequences = case.to(device)
+    both = torch.cat((keys, values), dim=-1)
+    query = queries(4, 4, 3, 64).to(device)[:, 1:3]
+    decoder, size = decoder_of(case, 64), keys.shape[-1]
+    one = decoder.attend(query.contiguous(), keys, values, sequences, splits=2)
+    two = decoder.attend(query, both[..., :size], both[..., size:], sequences, splits=2)
+    assert torch.equal(one[0], two[0])
+
+
+def test_a_stored_scalar_that_is_not_finite_shows_as_nan(device: str) -> None:
+    case = paged((codec_of(4, 64), codec_of(4, 64)), [(0, 20), (0, 20)], 1, 32, device)
+    page = int(case.sequences.table_BW[0, 0])
+    for half in (case.keys, case.values):
+        kept = half.clone()
+        scalars = half[page, 0, case.format.key.scalars :].view(torch.float16)
+        scalars[4] = math.inf
+        keys, values, sequences = case.to(device)
+        out, _ = decoder_of(case, 64).attend(
+            queries(2, 1, 3, 64).to(device), keys, values, sequences, splits=1
+        )
+        assert bool(out[0].isnan().all())
+        assert bool(out[1].isfinite().all())
+        half.copy_(kept)
+
+
+def refused(
+    match: str,
+    case: Paged,
+    query: torch.Tensor,
+    sequences: Sequences | None = None,
+    raw: RawTokens | None = None,
+    keys: torch.Tensor | None = None,
+) -> None:
+    with pytest.raises(ValueError, match=match):
+        decoder_of(case, 64).attend(
+            query,
+            case.keys if keys is None else keys,
+            case.values,
+            sequences or case.sequences,
+            raw=raw,
+        )
+
+
+def test_what_does_not_fit_is_refused_with_what_was_expected_and_found() -> None:
+    case = paged((codec_of(4, 64), codec_of(4, 64)), RANGES, 2, 32)
+    query, raw = queries(4, 2, 3, 64), queries(4, 2, 5, 64)
+    table, first, last = case.sequences
+    refused(r"queries \[B, H, G, 64\] .* found torch.float32", case, query.float())
+    refused("found .*80", case, queries(4, 2, 3, 80))
+    refused("those of a head contiguous", case, query.mT.contiguous().mT)
+    refused(r"half pages of keys, uint8 \[N, 3, 1088\]", case, queries(4, 3, 3, 64))
+    refused("multiples of 16 bytes", case, query, keys=_shifted(case.keys))
+    refused("an int32 table of 4 rows", case, query, Sequences(table.long(), first, last))
+    refused(r"int32 \[4\], found", case, query, Sequences(table, first[:1], last))
+    refused(r"within 96 tokens", case, query, Sequences(table, first, last + 64))
+    refused("within 96 tokens", case, query, Sequences(table, first - 1, last))
+    count = len(case.keys)
+    refused(f"pages from 0 to {count - 1}", case, query, Sequences(table + 1, first, last))
+    refused("pages from 0 to", case, query, Sequences(table - 1, first, last))
+    refused(r"raw values \[4, 2, 5, 64\]", case, query, raw=RawTokens(raw, raw[1:], first, last))
+    refused("within 5 raw tokens", case, query, raw=RawTokens(raw, raw, first, last))
+
+
+def _shifted(pages: torch.Tensor) -> torch.Tensor:
+    """The same pages, 4 bytes further than they should be."""
+    return torch.cat((pages, pages[..., :4]), dim=-1)[..., : pages.shape[-1]]
+
+
+def test_entries_of_a_table_that_no_range_reaches_may_be_anything() -> None:
+    case = paged((codec_of(4, 64), codec_of(4, 64)), [(40, 64), (0, 5)], 1, 32)
+    table, first, last = case.sequences
+    filled = table.clone()
+    filled[0, 0], filled[1, 1] = -7, 10_000
+    query, decoder = queries(2, 1, 2, 64), decoder_of(case, 64)
+    one = decoder.attend(query, case.keys, case.values, case.sequences, splits=1)
+    two = decoder.attend(query, case.keys, case.values, Sequences(filled, first, last), splits=1)
+    assert torch.equal(one[0], two[0])
+
+
+def test_codecs_that_no_kernel_reads_are_refused() -> None:
+    for codec in (MseCodec(64, 5, "unbiased"), MseCodec(32, 4, "unbiased")):
+        with pytest.raises(ValueError, match="expected one group of 64, 80, … 256 channels"):
+            CodedBasis.of(codec, "cpu")
+    with pytest.raises(ValueError, match="law 'gaussian', found 'sphere'"):
+        CodedBasis.of(MseCodec(64, 4, "unbiased", law="sphere"), "cpu")
+    two = fitted(4, 64, 96, 1)
+    two._groups = (ChannelGroup(64, 4), ChannelGroup(32, 2))
+    with pytest.raises(ValueError, match=r"found \[\(64, 4\), \(32, 2\)\]"):
+        CodedBasis.of(two, "cpu")
+
+
+def test_the_debug_mode_finds_a_page_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What the launch option `debug` sets for a compiled kernel.
+    monkeypatch.setattr(interpreter_builder, "options", InterpreterOptions(debug=True))
+    case = paged((codec_of(4, 64), codec_of(4, 64)), [(0, 40)], 1, 32)
+    table, *ends = case.sequences
+    decoder = decoder_of(case, 64, check=True)
+    query = queries(1, 1, 2, 64)
+    decoder.attend(query, case.keys, case.values, case.sequences, splits=1)
+    with pytest.raises(InterpreterError, match="a page out of range"):
+        decoder.attend(
+            query, case.keys, case.values, Sequences(table + 9, *ends), splits=1, trusted=True
+        )
+
+
+def test_splits_fill_a_gpu_once_and_have_two_tiles_or_more() -> None:
+    shape = AttendShape(128, 128, 128, 4, 4, 4, 128)
+    assert split_count(shape, 8, 100, 132) == 1
+    assert split_count(shape, 8, 131_072, 132) > 16
+    assert split_count(shape, 10_000, 131_072, 132) == 1
+    counts = [split_count(shape, 8, tokens, 132) for tokens in range(1, 20_000, 97)]
+    assert counts == sorted(counts)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_follows_the_sequences() -> None:
+    case = paged((codec_of(4, 128), codec_of(3, 128)), [(0, 900), (5, 700)], 4, 128, "cuda")
+    keys, values, sequences = case.to("cuda")
+    decoder = decoder_of(case, 128)
+    query = queries(2, 4, 4, 128, dtype=torch.bfloat16).cuda()
+    decoder.attend(query, keys, values, sequences, tokens=1024, trusted=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = decoder.attend(query, keys, values, sequences, tokens=1024, trusted=True)
+    for last in ([900, 700], [64, 6], [513, 700]):
+        sequences.last_B.copy_(torch.tensor(last, dtype=torch.int32))
+        graph.replay()
+        again, _ = decoder.attend(query, keys, values, sequences, tokens=1024)
+        assert torch.equal(out, again)
+
+
+def test_importing_needs_no_gpu_and_no_interpreter() -> None:
+    code = "import stillhouse.kernels.paged_attention.gpu"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,0 +1,158 @@
+"""The PTX of `ptx_pairs`, instruction by instruction, and the decoding kernels around it."""
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from stillhouse.kernels.paged_attention import HalfPage, VectorFormat, write_vectors
+from stillhouse.kernels.paged_attention.gpu_configs import padded
+from stillhouse.kernels.paged_attention.ptx_pairs import (
+    POLYNOMIALS,
+    Assembly,
+    fp8_assembly,
+    unpack3_assembly,
+    unpack_assembly,
+)
+from stillhouse.kernels.paged_attention.reference import coded_vectors
+from stillhouse.kernels.paged_attention.triton_unpack import (
+    channel_of,
+    tile_columns,
+    tile_count,
+    unpack,
+)
+from stillhouse.kernels.turboquant import gaussian_codebook
+from tests.kernels.paged_attention.packed_pages import vectors
+from tests.kernels.paged_attention.ptx_emulator import lanes_of, run
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+# Rounding of float16 and the polynomial's own error, of the largest and of a usual centroid.
+WORST = {2: 6e-4, 3: 4e-3, 4: 1.3e-3}
+USUAL = {2: 4.2e-4, 3: 5.9e-4, 4: 3.5e-4}
+
+
+def elements(seed: int) -> np.ndarray:
+    """uint16 [4096, 2]: pairs of packed elements."""
+    return np.random.default_rng(seed).integers(0, 2**16, (4096, 2), dtype=np.uint16)
+
+
+def words(pairs: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(pairs).view(np.uint32)[:, 0]
+
+
+def shifts(pairs: np.ndarray, most: int) -> np.ndarray:
+    """The same for both elements of a pair."""
+    return np.repeat(np.random.default_rng(1).integers(0, most, len(pairs)), 2).reshape(-1, 2)
+
+
+def centroids(bits: int) -> np.ndarray:
+    return np.array(gaussian_codebook(bits).centroids)
+
+
+def outputs(assembly: Assembly, *inputs: np.ndarray) -> np.ndarray:
+    """float16 [tiles, pairs, 2]."""
+    found = run(assembly.code, assembly.constraints, [words(part) for part in inputs])
+    return np.stack([lanes_of(register) for register in found])
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_each_field_of_each_byte_becomes_its_centroid(bits: int) -> None:
+    pairs = elements(bits)
+    found = outputs(unpack_assembly(bits, False), pairs)
+    assert len(found) == 16 // bits
+    for tile, values in enumerate(found):
+        index = pairs >> (tile * bits) & (2**bits - 1)
+        np.testing.assert_allclose(values, centroids(bits)[index], rtol=WORST[bits])
+
+
+def test_folded_rows_of_2_bits_are_shifted_first() -> None:
+    pairs, half = elements(5), shifts(elements(5), 2) * 4
+    found = outputs(unpack_assembly(2, True), pairs, half.astype(np.uint16))
+    assert len(found) == 4
+    for tile, values in enumerate(found):
+        index = pairs >> (half + tile // 2 * 8 + tile % 2 * 2) & 3
+        np.testing.assert_allclose(values, centroids(2)[index], rtol=WORST[2])
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_3_bits_take_their_third_from_the_other_plane(fold: bool) -> None:
+    low, high = elements(6), elements(7)
+    half = shifts(low, 2) * 4 if fold else np.zeros_like(low)
+    shift = half + shifts(high, 2)
+    more = [half.astype(np.uint16)] if fold else []
+    found = outputs(unpack3_assembly(fold), low, high, shift.astype(np.uint16), *more)
+    assert len(found) == (4 if fold else 8)
+    for tile, values in enumerate(found):
+        fields = len(found) // 2
+        at = tile // fields * 8 + tile % fields * 2
+        index = (low >> (half + at) & 3) | (high >> (shift + at) & 1) << 2
+        np.testing.assert_allclose(values, centroids(3)[index], rtol=WORST[3])
+
+
+def test_fp8_is_exact_and_its_nan_stays_one() -> None:
+    byte = np.arange(256, dtype=np.uint16)
+    pairs = np.stack((byte | byte[::-1] << 8, byte), axis=1)
+    found = outputs(fp8_assembly(), pairs)
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
+    np.testing.assert_array_equal(found[0], np.stack((numbers, numbers), axis=1))
+    np.testing.assert_array_equal(found[1], np.stack((numbers[::-1], 0 * byte), axis=1))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_error_over_the_codebooks_law_is_what_the_module_says(bits: int) -> None:
+    book = centroids(bits)
+    index = np.arange(2**bits, dtype=np.uint16)
+    zero = 0 * index
+    pairs = np.stack((index, index), axis=1)
+    if bits == 3:
+        low, high = np.stack((index & 3, index & 3), 1), np.stack((index >> 2, index >> 2), 1)
+        found = outputs(unpack3_assembly(False), low, high, np.stack((zero, zero), 1))[0]
+    else:
+        found = outputs(unpack_assembly(bits, False), pairs)[0]
+    edges = torch.tensor([-np.inf, *((book[1:] + book[:-1]) / 2), np.inf])
+    mass = torch.diff(torch.special.ndtr(edges.double())).numpy()
+    error = np.sqrt((mass * (found[:, 0] - book) ** 2).sum() / (mass * book**2).sum())
+    assert error < USUAL[bits]
+    assert all(value == float(np.float16(value)) for value in POLYNOMIALS[bits])
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _decode_kernel(
+    page_ptr, out_ptr, count, stride_page,
+    C: tl.constexpr, S: tl.constexpr, TILES: tl.constexpr, BITS: tl.constexpr,
+    PAGE: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    token = tl.arange(0, PAGE)
+    rows = page_ptr + tl.program_id(0) * stride_page
+    found = unpack(rows, token < count, token, C, S, BITS, PAGE, MASKED, ASM)
+    for tile in tl.static_range(TILES):
+        channel = channel_of(tile, tl.arange(0, S), C, BITS)
+        place = (tl.program_id(0) * PAGE + token)[:, None] * C + channel[None, :]
+        tl.store(out_ptr + place, found[tile], mask=(channel < C)[None, :])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("channels", [64, 80, 96, 112, 128, 192, 256])
+def test_tiles_hold_every_channel_of_every_token(
+    channels: int, bits: int, masked: bool, device: str
+) -> None:
+    half, tokens = HalfPage(VectorFormat.uniform(channels, bits), 16), 16
+    packed, scalars = vectors(half.format, 2, tokens, torch.Generator().manual_seed(bits))
+    pages = half.empty(1, 2)
+    write_vectors(pages, half, torch.arange(tokens), packed, scalars)
+    one = None if scalars is None else torch.ones_like(scalars)
+    wanted = coded_vectors(packed, one, half.format) * (1 if bits == 8 else channels**0.5)
+    out = torch.empty((2, tokens, channels), dtype=torch.float16, device=device)
+    columns = tile_columns(channels, bits)
+    assert columns == padded(columns) >= 16
+    _decode_kernel[(2,)](
+        pages.to(device), out, 9 if masked else tokens, half.nbytes, channels, columns,
+        tile_count(channels, bits), bits, 16, masked, device == "cuda",
+    )  # fmt: skip
+    seen = 9 if masked else tokens
+    torch.testing.assert_close(
+        out[:, :seen].double().cpu(), wanted[:, :seen], rtol=WORST.get(bits, 0), atol=0
+    )
