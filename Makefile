@@ -8,6 +8,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 BIN := $(abspath $(VENV))/bin
 PYTEST_ARGS ?=
+BENCH ?= full
 export VENV
 
 help:  ## list the targets
@@ -30,18 +31,22 @@ check: setup  ## format, lint, types, import rules
 	@echo "== mypy"; cd .typing && $(BIN)/mypy --config-file ../pyproject.toml -p stillhouse -p tests -p tools -p benchmarks
 	@echo "== import-linter"; cd .typing && $(BIN)/lint-imports --config ../pyproject.toml --cache-dir ../.import_linter_cache
 
-kernels: setup  ## compile every kernel for sm_80 and sm_90, report registers and shared memory
-	@env -u TRITON_INTERPRET $(PY) tools/kernel_report.py
+kernels: setup  ## compile every kernel for sm_80 and sm_90, report what each one takes
+	@env -u TRITON_INTERPRET $(PY) -m tools.kernel_report
 
 fmt: setup  ## format the code, mend what ruff can mend, renew the list of packages
 	@$(PY) tools/package_list.py
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format .
 
-gpu: setup  ## the tests marked `gpu`, on a machine with a CUDA device
+gpu: setup  ## on a CUDA device: the tests marked `gpu`, then its benchmark (BENCH=quick, BENCH=none)
+	@case "$(BENCH)" in full|quick|none) ;; *) \
+	  echo "make gpu: expected BENCH to be full, quick or none, found '$(BENCH)'" >&2; exit 2;; esac
 	@$(PY) -c 'import torch; assert torch.cuda.is_available(), "make gpu: torch sees no CUDA device"; \
 	  print("make gpu: pytest -m gpu on", torch.cuda.get_device_name(), "with torch", torch.__version__)'
 	@$(PY) -m pytest -m gpu $(PYTEST_ARGS)
+	@# Reached only when those pass: a wrong kernel is not timed.
+	@case "$(BENCH)" in full) $(PY) benchmarks/attention.py;; quick) $(PY) benchmarks/attention.py --quick;; esac
 
 clean:  ## remove caches and build output; .venv and runs/ stay
 	rm -rf build dist .typing .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info

@@ -74,7 +74,7 @@ def attend_chunk(
     sums = floats(query_BHMD, batch, heads, rows, shape.value_channels)
     raw_sums = floats(query_BHMD, batch, heads, rows, dim)
     ml = floats(query_BHMD, batch, heads, 2, 2, rows)
-    options = chunk_options(shape, rows, windowed=bool(window), check=decoder.check, asm=ASM)
+    options = chunk_options(shape, windowed=bool(window), check=decoder.check, asm=ASM)
     strides = [n for half in (keys_NHY, values_NHY) for n in half.stride()[:2]]
     raw_strides = [n for half in chunk[:2] for n in half.stride()[:2]]
     chunk_kernel[(triton.cdiv(rows, options["M"]), heads, batch)](

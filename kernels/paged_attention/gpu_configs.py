@@ -28,21 +28,38 @@ class AttendShape:
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """block: tokens of a tile. warps and stages as Triton has them."""
+    """block: tokens of a tile. warps and stages as Triton has them. registers: most of a thread;
+    None leaves it to ptxas, which may spill a few bytes to have one more block on an SM."""
 
     block: int
     warps: int
     stages: int = 2
+    registers: int | None = None
 
 
 def tiling(shape: AttendShape) -> Tiling:
-    """Warps share a tile's columns where there are 8 for each; else they would decode it again."""
+    """The fewest instructions a value, no spilled register, and 8 warps or more on an SM.
+
+    A rule that agrees with what compiling each choice shows (docs/kernels.md).
+    """
+    channels = max(shape.key_channels, shape.value_channels)
+    bits = (shape.key_bits, shape.value_bits)
     columns = min(
         tile_columns(shape.key_channels, shape.key_bits),
         tile_columns(shape.value_channels, shape.value_bits),
     )
-    warps = min(columns // 8, 4) if columns > 16 else 1
-    return Tiling(max(32, min(32 * warps, shape.page)), warps)
+    # Each warp has the sums of 64 channels. With fewer than 16 columns of a tile, warps may decode
+    # each other's again.
+    warps = max(1, min(padded(channels) // 64, columns // 16, 4))
+    extra = shape.raw or shape.capped
+    tight = channels % 32 or (extra and channels > 64 and bits != (4, 4))
+    block = 32 * warps if tight else 64 * warps
+    if 3 in bits and channels > 64:  # a second plane, and where its bits go
+        block = 32
+    if rows_of(shape.group) > 16 and channels <= 128:
+        warps, block = 1, 32
+    registers = 255 if shape.page < 128 or (extra and channels > 128) else None
+    return Tiling(max(32, min(block, 128, shape.page)), warps, registers=registers)
 
 
 def attend_options(shape: AttendShape, splits: int, *, check: bool, asm: bool) -> dict[str, Any]:
@@ -54,8 +71,8 @@ def attend_options(shape: AttendShape, splits: int, *, check: bool, asm: bool) -
         "G": shape.group, "M": rows_of(shape.group),
         "PAGE": shape.page, "BLOCK": found.block, "SPLITS": splits, "STAGES": found.stages,
         "HAS_RAW": shape.raw, "HAS_CAP": shape.capped, "CHECK": check, "ASM": asm,
-        "num_warps": found.warps, "num_stages": found.stages, "enable_fp_fusion": True,
-        "debug": check,
+        "num_warps": found.warps, "num_stages": found.stages, "maxnreg": found.registers,
+        "enable_fp_fusion": True, "debug": check,
     }  # fmt: skip
     return options | tile_options(shape)
 
@@ -95,18 +112,19 @@ def merge_options(shape: AttendShape, splits: int, *, mapped: bool, mean: bool) 
     }  # fmt: skip
 
 
-def chunk_options(
-    shape: AttendShape, rows: int, *, windowed: bool, check: bool, asm: bool
-) -> dict[str, Any]:
-    """Keyword arguments of a launch of `chunk_kernel`, for so many rows."""
-    block = max(32, min(64, shape.page))
+def chunk_options(shape: AttendShape, *, windowed: bool, check: bool, asm: bool) -> dict[str, Any]:
+    """Keyword arguments of a launch of `chunk_kernel`."""
+    # What fits the registers, by compiling.
+    wide = padded(shape.head_dim) > 128
+    block = 32 if 8 in (shape.key_bits, shape.value_bits) else 64
+    block = 16 if wide else min(block, max(shape.page, 32))
     return {
         "D": shape.head_dim, "D_PAD": padded(shape.head_dim),
         "C": shape.key_channels, "V": shape.value_channels,
-        "G": shape.group, "M": min(64, rows_of(rows)),
+        "G": shape.group, "M": 64,
         "PAGE": shape.page, "BLOCK": block, "STAGES": 2,
         "HAS_WINDOW": windowed, "HAS_CAP": shape.capped, "CHECK": check, "ASM": asm,
-        "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True, "debug": check,
+        "num_warps": 8 if wide else 4, "num_stages": 2, "enable_fp_fusion": True, "debug": check,
     } | tile_options(shape)  # fmt: skip
 
 

@@ -92,8 +92,8 @@ class TritonTables:
         return cls(
             dim,
             bits,
-            _pad_runs(matrix_GDD.float().mT),
-            _pad_runs(back_GDD.float().mT).mT.contiguous(),
+            pad_runs(matrix_GDD.float().mT),
+            pad_runs(back_GDD.float().mT).mT.contiguous(),
             mean_GD,
             boundaries.float().contiguous(),
             centroids.float().contiguous(),
@@ -201,11 +201,11 @@ def decode(
     return out
 
 
-def _pad_runs(columns_GDD: Tensor) -> Tensor:
-    """[G, D, D] → contiguous [G, D, N]: the last axis as 8 runs, each with zeros at its end."""
-    groups, dim, _ = columns_GDD.shape
-    runs = columns_GDD.reshape(groups, dim, 8, dim // 8)
-    padding = run_columns(dim) - dim // 8
+def pad_runs(columns_GDC: Tensor) -> Tensor:
+    """[G, D, C] → contiguous [G, D, N]: the last axis as 8 runs, each with zeros at its end."""
+    groups, dim, channels = columns_GDC.shape
+    runs = columns_GDC.reshape(groups, dim, 8, channels // 8)
+    padding = run_columns(channels) - channels // 8
     return torch.nn.functional.pad(runs, (0, padding)).reshape(groups, dim, -1).contiguous()
 
 

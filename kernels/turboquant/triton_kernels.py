@@ -99,22 +99,22 @@ def encode_kernel(
     root: tl.constexpr = D**0.5
     to_unit = tl.div_rn(tl.full((BLOCK,), root, tl.float32), tl.where(norm > 0, norm, 1.0))
     unit = y * to_unit[:, None]
-    index, centroid = _nearest(unit, boundary_ptr, centroid_ptr, BITS)
+    index, centroid = nearest(unit, boundary_ptr, centroid_ptr, BITS)
     if S != E:
         centroid = tl.where((column % S < E)[None, :], centroid, 0.0)
-    scalar = _stored_scalar(norm, unit, centroid, KIND, D)
+    scalar = stored_scalar(norm, unit, centroid, KIND, D)
 
     place = (tl.program_id(2) * tl.num_programs(1) + head).to(tl.int64) * T + first
     tl.store(scalar_ptr + place + row, scalar.to(tl.float16), mask=live)
-    index_ptr += place * P
+    rows_ptr = index_ptr + place * P + row * P
     LOW: tl.constexpr = BITS if BITS != 3 and BITS != 5 else BITS - 1
-    _store_plane(index_ptr, index & ((1 << LOW) - 1), live, LOW, E, S, P, BLOCK)
+    store_plane(rows_ptr, index & ((1 << LOW) - 1), live, LOW, E, S, BLOCK)
     if LOW != BITS:
-        _store_plane(index_ptr + E * LOW, index >> LOW, live, 1, E, S, P, BLOCK)
+        store_plane(rows_ptr + E * LOW, index >> LOW, live, 1, E, S, BLOCK)
 
 
 @triton.jit
-def _nearest(unit, boundary_ptr, centroid_ptr, BITS: tl.constexpr):
+def nearest(unit, boundary_ptr, centroid_ptr, BITS: tl.constexpr):
     """How many boundaries lie strictly below each value, as torch.bucketize, and its centroid."""
     index = tl.zeros(unit.shape, dtype=tl.int32)
     centroid = tl.zeros(unit.shape, dtype=tl.float32) + tl.load(centroid_ptr)
@@ -126,7 +126,7 @@ def _nearest(unit, boundary_ptr, centroid_ptr, BITS: tl.constexpr):
 
 
 @triton.jit
-def _stored_scalar(norm, unit, centroid, KIND: tl.constexpr, D: tl.constexpr):
+def stored_scalar(norm, unit, centroid, KIND: tl.constexpr, D: tl.constexpr):
     """`MseCodec._stored_scalar`: float32 [BLOCK] from √D y and √D c."""
     scalar = norm
     if KIND == "corrected":
@@ -141,25 +141,23 @@ def _stored_scalar(norm, unit, centroid, KIND: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _store_plane(
-    plane_ptr,
+def store_plane(
+    rows_ptr,
     value,
     live,
     W: tl.constexpr,
     E: tl.constexpr,
     S: tl.constexpr,
-    P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A plane of W bits of the int32 values [BLOCK, 8 S], at rows P bytes apart."""
+    """A plane of W bits of the int32 values [BLOCK, 8 S], at pointers [BLOCK] to its rows."""
     value = tl.reshape(value, (BLOCK, 8 // W, W, S))
     shift = tl.arange(0, 8 // W) * W
     byte = tl.sum(value << shift[None, :, None, None], axis=1)
-    row = tl.arange(0, BLOCK)[:, None, None]
     q = tl.arange(0, W)[None, :, None]
     s = tl.arange(0, S)[None, None, :]
     tl.store(
-        plane_ptr + row * P + q * E + s,
+        rows_ptr[:, None, None] + q * E + s,
         byte.to(tl.uint8),
         mask=live[:, None, None] & (s < E),
     )
