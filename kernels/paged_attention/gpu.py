@@ -94,7 +94,7 @@ class CodedBasis:
 class RawTokens(NamedTuple):
     """Tokens in 16 bits that share the softmax: of sequence b those from first_B[b] to last_B[b].
 
-    key_BHRD, value_BHRD: float16 or bfloat16, each head's tokens contiguous. The ends are int32.
+    key_BHRD, value_BHRD: in the queries' dtype, each head's tokens contiguous. Ends are int32.
     """
 
     key_BHRD: Tensor

@@ -55,7 +55,7 @@ def require_decode(
     _require_ends(batch, first, last)
     tensors = [query, *pages, *sequences]
     if raw is not None:
-        _require_raw(raw, batch, heads, dim)
+        _require_raw(raw, query.dtype, batch, heads, dim)
         tensors += list(raw)
     if len({tensor.device for tensor in tensors}) > 1:
         found = sorted({str(tensor.device) for tensor in tensors})
@@ -71,18 +71,15 @@ def require_chunk(
     group: int,
 ) -> None:
     """ValueError unless what `gpu_chunk.attend_chunk` is given fits; looks at no element."""
-    key, value, position, hidden = chunk
-    require_decode(decoder, query, pages, sequences, (key, value, position, hidden))
+    require_decode(decoder, query, pages, sequences, chunk)
     rows = query.shape[2]
     if group < 1 or rows % group:
         raise ValueError(f"expected rows of {group} queries a token, found {rows}")
-    if key.shape[2] < rows // group:
+    if chunk.key_BHRD.shape[2] < rows // group:
         raise ValueError(
-            f"expected raw tokens of {rows // group} queries' tokens or more, found {key.shape[2]}"
+            f"expected raw tokens of {rows // group} queries' tokens or more, found "
+            f"{chunk.key_BHRD.shape[2]}"
         )
-    for name, tensor in (("keys", key), ("values", value)):
-        if tensor.dtype != query.dtype:
-            raise _unexpected(f"raw {name} in the queries' {query.dtype}", tensor)
 
 
 def require_places(sequences: Any, chunk: Any, tokens: int) -> None:
@@ -182,13 +179,15 @@ def _require_ends(batch: int, *ends: Tensor) -> None:
             raise _unexpected(f"the ends of ranges, int32 [{batch}]", end)
 
 
-def _require_raw(raw: Any, batch: int, heads: int, dim: int) -> None:
+def _require_raw(raw: Any, dtype: torch.dtype, batch: int, heads: int, dim: int) -> None:
     key, value, first, last = raw
     wanted = (batch, heads, key.shape[2] if key.ndim == 4 else 0, dim)
     for name, tensor in (("keys", key), ("values", value)):
-        fits = tensor.dtype in HALVES and tensor.shape == wanted
+        fits = tensor.dtype == dtype and tensor.shape == wanted
         if not fits or tensor.stride()[2:] != (dim, 1):
-            raise _unexpected(f"raw {name} {list(wanted)} in 16 bits, contiguous a head", tensor)
+            raise _unexpected(
+                f"raw {name} {list(wanted)} in the queries' {dtype}, contiguous a head", tensor
+            )
     _require_ends(batch, first, last)
 
 

@@ -139,13 +139,13 @@ def _attend_raw(
     query_ptr, keys_ptr, values_ptr, first, last, scale, cap, row, live_row,
     D: tl.constexpr, D_PAD: tl.constexpr, M: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
-    """m, l and sums [M, D_PAD] over tokens [first, last) in 16 bits; few, so in float32."""
+    """m, l and sums [M, D_PAD] over tokens [first, last) in 16 bits; weights have twice as many."""
     column = tl.arange(0, D_PAD)
     query = tl.load(
         query_ptr + row[:, None] * D + column[None, :],
         mask=live_row[:, None] & (column < D)[None, :],
         other=0.0,
-    ).to(tl.float32)
+    )
     m = tl.zeros((M,), tl.float32) + LOWEST
     total = tl.zeros((M,), tl.float32)
     sums = tl.zeros((M, D_PAD), tl.float32)
@@ -153,9 +153,9 @@ def _attend_raw(
         token = at + tl.arange(0, 16)
         place = token[:, None] * D + column[None, :]
         mask = (token < last)[:, None] & (column < D)[None, :]
-        key = tl.load(keys_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        value = tl.load(values_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        score = tl.dot(query, tl.trans(key), input_precision="tf32x3") * scale
+        key = tl.load(keys_ptr + place, mask=mask, other=0.0).to(query.dtype)
+        value = tl.load(values_ptr + place, mask=mask, other=0.0)
+        score = tl.dot(query, tl.trans(key)) * scale
         score = capped(score, cap, HAS_CAP)
         score = tl.where((token < last)[None, :], score, float("-inf"))
         top = tl.maximum(m, tl.max(score, axis=1))
@@ -163,7 +163,9 @@ def _attend_raw(
         fade = tl.exp2(m - top)
         m = top
         total = total * fade + tl.sum(weight, axis=1)
-        sums = tl.dot(weight, value, sums * fade[:, None], input_precision="tf32x3")
+        high = weight.to(value.dtype)
+        low = (weight - high.to(tl.float32)).to(value.dtype)
+        sums = tl.dot(low, value, tl.dot(high, value, sums * fade[:, None]))
     return m, total, sums
 
 

@@ -151,7 +151,7 @@ def test_soft_caps(device: str) -> None:
 
 def test_tokens_in_16_bits_share_the_softmax(device: str) -> None:
     case = paged((fitted(4, 64, 64, 2), fitted(4, 64, 64, 2)), RANGES, 2, 32, device)
-    key, value = (queries(4, 2, 21, 64, dtype=torch.bfloat16, seed=seed) for seed in (5, 6))
+    key, value = (queries(4, 2, 21, 64, seed=seed) for seed in (5, 6))
     ends = [(0, 21), (3, 20), (7, 7), (0, 1)]
     first, last = (torch.tensor(part, dtype=torch.int32) for part in zip(*ends, strict=True))
     tokens = RawTokens(*(part.to(device) for part in (key, value, first, last)))
@@ -264,6 +264,8 @@ def test_what_does_not_fit_is_refused_with_what_was_expected_and_found() -> None
     refused("pages from 0 to", case, query, Sequences(table - 1, first, last))
     refused(r"raw values \[4, 2, 5, 64\]", case, query, raw=RawTokens(raw, raw[1:], first, last))
     refused("within 5 raw tokens", case, query, raw=RawTokens(raw, raw, first, last))
+    brain = raw.bfloat16()
+    refused("in the queries' torch.float16", case, query, raw=RawTokens(brain, raw, first, last))
 
 
 def _shifted(pages: torch.Tensor) -> torch.Tensor:
