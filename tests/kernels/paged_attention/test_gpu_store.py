@@ -224,9 +224,9 @@ def test_every_scalar(key: Any, device: str) -> None:
 def test_dtypes_and_strides(bits: int, dtype: torch.dtype, device: str) -> None:
     codecs = (codec_of(bits, 64), codec_of(3, 64))
     store = GpuStore(*codecs, 16, device=device)
-    # As a projection of queries, keys and values leaves them, and both halves in one page.
-    joint = gaussian(5, 6, 64).to(dtype).to(device)
-    key, value = joint[:, 2:4], joint[:, 4:6]
+    # Keys as a joint projection leaves them, values of other strides, both halves in one page.
+    key = gaussian(5, 6, 64).to(dtype).to(device)[:, 2:4]
+    value = gaussian(2, 5, 64, seed=1).to(dtype).to(device).transpose(0, 1)
     pages = torch.full((3, 2, store.pages.nbytes), 7, dtype=torch.uint8, device=device)
     keys, values = pages.split([store.pages.key.nbytes, store.pages.value.nbytes], dim=-1)
     slots = shuffled(5, 48)
