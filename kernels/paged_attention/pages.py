@@ -210,7 +210,7 @@ def write_vectors(
         rows[page_T, :, place_T] = row.transpose(0, 1)
     if scalars_HT is not None:
         rows = plane_rows(pages_NHY, half, half.scalars, 2)
-        bytes_HT2 = scalars_HT.contiguous().view(torch.uint8).view(heads, tokens, 2)
+        bytes_HT2 = scalars_HT.unsqueeze(-1).view(torch.uint8)
         rows[page_T, :, place_T] = bytes_HT2.transpose(0, 1)
 
 

@@ -83,3 +83,11 @@ def test_what_does_not_fit_is_refused() -> None:
     for groups in ((), (ChannelGroup(12, 3),), (ChannelGroup(8, 6),), (ChannelGroup(8, 8),) * 2):
         with pytest.raises(ValueError, match="expected groups of 8, 16"):
             VectorFormat(groups)
+
+
+def test_one_token_that_was_read_can_be_written_again() -> None:
+    half = HalfPage(VectorFormat.uniform(64, 4), 16)
+    one, two = half.empty(1, 3), half.empty(1, 3)
+    write_vectors(one, half, torch.tensor([5]), *vectors(half.format, 3, 1, torch.Generator()))
+    write_vectors(two, half, torch.tensor([5]), *read_vectors(one, half, torch.tensor([5])))
+    assert torch.equal(one, two)
