@@ -46,7 +46,7 @@ gpu: setup  ## on a CUDA device: the tests marked `gpu`, then its benchmark (BEN
 	  print("make gpu: pytest -m gpu on", torch.cuda.get_device_name(), "with torch", torch.__version__)'
 	@$(PY) -m pytest -m gpu $(PYTEST_ARGS)
 	@# Reached only when those pass: a wrong kernel is not timed.
-	@case "$(BENCH)" in full) $(PY) benchmarks/attention.py;; quick) $(PY) benchmarks/attention.py --quick;; esac
+	@case "$(BENCH)" in full) $(PY) -m benchmarks.attention;; quick) $(PY) -m benchmarks.attention --quick;; esac
 
 clean:  ## remove caches and build output; .venv and runs/ stay
 	rm -rf build dist .typing .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info

@@ -1,6 +1,6 @@
 """Decode attention on a GPU: over packed pages, and its peers, in one run.
 
-    python benchmarks/attention.py [--quick] [--json OUT] [--seconds N] [--contexts N …]
+    python -m benchmarks.attention [--quick] [--json OUT] [--seconds N] [--contexts N …]
         [--batches N …] [--kernels NAME …]
 
 One decode step of one layer: a query token of each sequence, shapes of Llama-3.1-8B and 70B. Peers
@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -29,27 +28,25 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))  # the files beside this one import each other by `benchmarks.`
+import torch
 
-import torch  # noqa: E402
-
-from benchmarks.attention_cases import DecodeCase, DecodeKernel, cases  # noqa: E402
-from benchmarks.attention_packed import packed_kernels  # noqa: E402
-from benchmarks.attention_peers import (  # noqa: E402
+from benchmarks.attention_cases import DecodeCase, DecodeKernel, cases
+from benchmarks.attention_packed import packed_kernels
+from benchmarks.attention_peers import (
     KERNEL_ERRORS,
     FlexKernel,
     SdpaKernel,
     reason,
 )
-from benchmarks.attention_served import (  # noqa: E402
+from benchmarks.attention_served import (
     PRESETS,
     FlashInferKernel,
     VllmFlashKernel,
     VllmTurboQuantKernel,
 )
-from benchmarks.gpu_timing import CudaDevice, StepDevice, copies, copy_rate, slug  # noqa: E402
+from benchmarks.gpu_timing import CudaDevice, StepDevice, copies, copy_rate, slug
 
+ROOT = Path(__file__).resolve().parents[1]
 SLACK = 1 << 30  # bytes beside the caches
 BOUND, QUICK_BOUND = 540, 220  # seconds
 PACKAGES = ("stillhouse", "torch", "triton", "vllm", "flashinfer-python")

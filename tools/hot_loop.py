@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from stillhouse.kernels.paged_attention.gpu_configs import AttendShape, tiling
 from tools import sass
+from tools.sass_loops import Loop, loops
 
 # Integer operations a decoded value. A pair of centroids takes one logical operation, and one shift
 # for each two pairs (docs/kernels.md); a pair of e4m3 numbers, made float16 by moving their bits,
@@ -44,14 +45,14 @@ def loop_cost(cubin: bytes, values_per_thread: float) -> LoopCost | None:
     )
 
 
-def hot_loop(instructions: list[sass.Instruction]) -> sass.Loop | None:
+def hot_loop(instructions: list[sass.Instruction]) -> Loop | None:
     """The longest innermost loop that multiplies float16 on the tensor cores.
 
     Tokens in 16 bits have a loop of their own, in TF32 or bfloat16.
     """
     found = [
         loop
-        for loop in sass.loops(instructions)
+        for loop in loops(instructions)
         if loop.innermost and any(map(_multiplies_halves, loop.inline))
     ]
     return max(found, key=lambda loop: len(loop.inline), default=None)

@@ -67,11 +67,10 @@ class CodedBasis:
             raise ValueError(f"expected a codec of the law 'gaussian', found {codec.law!r}")
         format = require_format(codec.coded_groups)
         heads, dim, channels = getattr(codec, "heads", 1), codec.head_dim, format.channels
-        where = codec.fit.mean_HD.device if isinstance(codec, FittedCodec) else None
-        where = where or codec.rotation.matrix.device  # type: ignore[union-attr]
+        own = codec.fit.mean_HD if isinstance(codec, FittedCodec) else codec.rotation.matrix
         # The maps are linear: their matrices are what they make of the unit vectors.
         unit_DD, unit_CC = (
-            torch.eye(n, dtype=torch.float32, device=where) for n in (dim, channels)
+            torch.eye(n, dtype=torch.float32, device=own.device) for n in (dim, channels)
         )
         into_HDC = codec.query_in_coded(unit_DD.expand(1, heads, dim, dim))[0]
         back_HCD = codec.from_coded(unit_CC.expand(1, heads, channels, channels))[0]

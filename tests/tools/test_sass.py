@@ -1,28 +1,18 @@
-"""`tools/sass.py` finds the loops of compiled kernels and what their instructions do."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""`tools/sass.py` reads instructions and knows what they do."""
 
 import pytest
 
+from tests.tools.machine_code import HEADING, listing, one
 from tools.sass import (
     Instruction,
     Kind,
-    Loop,
     access_width,
     classify,
     disassemble,
-    loops,
     parse,
     per_value,
-    report,
     tally,
 )
-
-ROOT = Path(__file__).parents[2]
-HEADING = '\t\tFunction : {}\n\t.headerflags\t@"EF_CUDA_SM90 EF_CUDA_VIRTUAL_SM(EF_CUDA_SM90)"\n'
 
 KINDS = """
 integer: LOP3.LUT R4, R4, 0x7f0, RZ, 0xc0, !PT
@@ -102,74 +92,6 @@ other: XYZZY R1
 """
 
 # Compiled in a process of its own: this one interprets its kernels.
-KERNELS = """
-import sys
-from pathlib import Path
-
-import triton
-import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-@triton.jit
-def product(a_ptr, b_ptr, out_ptr, K, N: tl.constexpr):
-    n = tl.arange(0, N)
-    sums = tl.zeros((N, N), tl.float32)
-    for k in range(0, K, N):
-        a = tl.load(a_ptr + n[:, None] * K + k + n[None, :])
-        b = tl.load(b_ptr + (k + n[:, None]) * N + n[None, :])
-        sums = tl.dot(a, b, sums)
-    tl.store(out_ptr + n[:, None] * N + n[None, :], sums)
-
-@triton.jit
-def exponential(x_ptr, out_ptr, N: tl.constexpr):
-    n = tl.arange(0, N)
-    tl.store(out_ptr + n, tl.exp(tl.load(x_ptr + n).to(tl.float32)))
-
-SIGNATURES = {
-    product: {"a_ptr": "*fp16", "b_ptr": "*fp16", "out_ptr": "*fp32", "K": "i32"},
-    exponential: {"x_ptr": "*fp16", "out_ptr": "*fp32"},
-}
-for kernel, signature in SIGNATURES.items():
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(signature))}
-    source = ASTSource(kernel, {**signature, "N": "constexpr"}, {"N": 64}, aligned)
-    for arch in (80, 90):
-        target = GPUTarget("cuda", arch, 32)
-        compiled = triton.compile(source, target=target, options={"num_stages": 3})
-        path = Path(sys.argv[1]) / f"{kernel.__name__}{arch}.cubin"
-        path.write_bytes(compiled.asm["cubin"])
-"""
-
-
-@pytest.fixture(scope="module")
-def cubins(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with both kernels for both architectures."""
-    folder = tmp_path_factory.mktemp("cubins")
-    script = folder / "kernels.py"
-    script.write_text(KERNELS)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
-    subprocess.run([sys.executable, str(script), str(folder)], check=True, env=environment)
-    return folder
-
-
-def listing(*lines: str, function: str = "kernel") -> str:
-    """The lines as cuobjdump prints them: an address, and the encoding at the side and below."""
-    rows = (
-        f"        /*{16 * at:04x}*/  {line} ;  /* 0x{at:016x} */\n{'':60}/* 0x000fe20000000800 */\n"
-        for at, line in enumerate(lines)
-    )
-    return HEADING.format(function) + "".join(rows)
-
-
-def one(line: str) -> Instruction:
-    (instruction,) = parse(listing(line))
-    return instruction
-
-
-def extent(loop: Loop) -> tuple[int, int]:
-    """Where a loop starts and how many instructions it has in line."""
-    return loop.header, len(loop.inline)
 
 
 def test_an_instruction_has_a_predicate_an_opcode_and_operands():
@@ -236,105 +158,6 @@ def test_accesses_to_memory_have_a_width(line, width):
     assert access_width(one(line)) == width
 
 
-def test_code_without_a_way_back_has_no_loop():
-    # Where code ends, a jump to itself stands, here one that control could reach.
-    assert loops(parse(listing("@P0 BRA 0x20", "EXIT", "BRA 0x20", "NOP"))) == []
-
-
-def test_loops_are_nested():
-    text = listing(
-        "NOP",
-        "MOV R1, R2",
-        "FADD R1, R1, R2",
-        "@P0 BRA 0x20",
-        "FMUL R1, R1, R2",
-        "@P1 BRA 0x10",
-        "EXIT",
-    )
-    inner, outer = loops(parse(text))
-    assert (extent(inner), inner.outer, inner.depth, inner.innermost) == ((0x20, 2), 0x10, 2, True)
-    assert (extent(outer), outer.outer, outer.depth, outer.innermost) == ((0x10, 5), None, 1, False)
-
-
-def test_loops_of_every_function_are_found():
-    text = listing("NOP", "@P0 BRA 0x0", "EXIT", function="f") + listing(
-        "@P0 BRA 0x0", function="g"
-    )
-    assert [(loop.function, *extent(loop)) for loop in loops(parse(text))] == [
-        ("f", 0, 2),
-        ("g", 0, 1),
-    ]
-
-
-def test_a_slow_path_and_a_subroutine_stand_out_of_line():
-    text = listing(
-        "NOP",
-        "@P0 BRA 0x60",  # the loop
-        "CALL.REL.NOINC 0x80",
-        "@P1 EXIT",
-        "BRA 0x10",
-        "EXIT",
-        "FADD R1, R1, R2",  # its slow path
-        "BRA 0x20",
-        "FMUL R1, R1, R2",  # the subroutine
-        "RET.REL.NODEC R20 0x0",
-    )
-    (loop,) = loops(parse(text))
-    assert [i.address for i in loop.inline] == [0x10, 0x20, 0x30, 0x40]
-    assert [i.address for i in loop.out_of_line] == [0x60, 0x70, 0x80, 0x90]
-    assert len(loop.body) == 8
-
-
-def test_a_slow_path_right_behind_the_loop_is_out_of_line():
-    (loop,) = loops(parse(listing("BRA.DIV ~URZ, 0x20", "BRA 0x0", "NOP", "BRA 0x10")))
-    assert (extent(loop), len(loop.out_of_line)) == ((0, 2), 2)
-
-
-def test_a_call_that_leaves_the_loop_is_no_part_of_it():
-    text = listing(
-        "NOP",
-        "FADD R1, R1, R2",
-        "@P0 CALL.REL.NOINC 0x40",  # as sm_80 leaves
-        "BRA 0x10",
-        "CALL.REL.NOINC 0x60",
-        "EXIT",
-        "RET.REL.NODEC R20 0x0",
-    )
-    (loop,) = loops(parse(text))
-    assert (extent(loop), loop.out_of_line) == ((0x10, 3), ())
-
-
-def test_a_subroutine_called_from_elsewhere_too_is_no_part_of_a_loop():
-    text = listing(
-        "CALL.REL.NOINC 0x40",
-        "CALL.REL.NOINC 0x40",
-        "@P0 BRA 0x10",
-        "EXIT",
-        "RET.REL.NODEC R20 0x0",
-    )
-    (loop,) = loops(parse(text))
-    assert (extent(loop), loop.out_of_line) == ((0x10, 2), ())
-
-
-def test_a_loop_may_be_entered_at_its_condition():
-    text = listing("BRA 0x20", "FADD R1, R1, R2", "ISETP.GE.AND P0, PT, R1, R2, PT", "@P0 BRA 0x10")
-    (loop,) = loops(parse(text))
-    assert loop.header == 0x20
-    assert [i.address for i in loop.inline] == [0x10, 0x20, 0x30]
-
-
-def test_a_loop_around_one_that_waits_is_innermost():
-    wait = "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R5], R2"
-    text = listing("FADD R1, R1, R2", wait, "@!P0 BRA 0x10", "@P1 BRA 0x0", "EXIT")
-    found = [(*extent(loop), loop.waits, loop.innermost) for loop in loops(parse(text))]
-    assert found == [(0x10, 2, True, True), (0x0, 4, False, True)]
-
-
-def test_a_branch_to_a_computed_address_is_refused():
-    with pytest.raises(ValueError, match="expected branches with their target, found BRX at 0x10"):
-        loops(parse(listing("NOP", "BRX R2 -0x20", "EXIT")))
-
-
 def test_a_tally_drops_nothing():
     text = listing(
         "LDG.E.128 R4, [R2.64]",
@@ -369,36 +192,3 @@ def test_a_value_takes_its_part_of_the_instructions():
     assert (part[Kind.FLOAT], part[Kind.INTEGER], part[Kind.TENSOR]) == (0.5, 0.25, 0.0)
     with pytest.raises(ValueError, match="expected values_per_thread above 0, found 0"):
         per_value(counts, 0)
-
-
-@pytest.mark.parametrize("arch", [80, 90])
-def test_a_pipelined_product_is_one_loop_of_tensor_instructions(cubins, arch):
-    instructions = disassemble((cubins / f"product{arch}.cubin").read_bytes())
-    assert [i.address for i in instructions] == [16 * at for at in range(len(instructions))]
-    (loop,) = loops(instructions)
-    counts = tally(loop.inline)
-    assert (loop.function, loop.innermost, loop.out_of_line) == ("product", True, ())
-    # 64 x 64 x 64: 16 x 8 x 16 for each HMMA of the 4 warps, 64 x 64 x 16 for each HGMMA of all.
-    assert counts.kinds[Kind.TENSOR] == {80: 32, 90: 4}[arch]
-    # Two tiles of 64 x 64 halves, by 128 threads.
-    assert counts.widths[Kind.GLOBAL_LOAD] == {16: 8}
-    assert any(opcode.startswith("LDGSTS.") for opcode in counts.opcodes)
-    assert counts.other == {}
-    assert counts.kinds[Kind.FLOAT] == counts.kinds[Kind.GLOBAL_STORE] == 0
-
-
-@pytest.mark.parametrize("arch", [80, 90])
-def test_a_kernel_without_a_loop_has_none(cubins, arch):
-    instructions = disassemble((cubins / f"exponential{arch}.cubin").read_bytes())
-    assert loops(instructions) == []
-    kinds = {classify(i) for i in instructions}
-    assert {Kind.SPECIAL, Kind.CONVERT, Kind.GLOBAL_LOAD, Kind.GLOBAL_STORE} <= kinds
-    assert Kind.TENSOR not in kinds
-
-
-def test_the_command_prints_a_table(cubins):
-    command = [sys.executable, "tools/sass.py", str(cubins / "product90.cubin"), "--values", "32"]
-    text = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout
-    assert text == report(disassemble((cubins / "product90.cubin").read_bytes()), 32.0)
-    assert "| tensor | 4 (0.12) |\n" in text
-    assert "  global loads: 8 of 16 bytes\n" in text

@@ -6,16 +6,13 @@
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton.runtime.errors import InterpreterError
-from triton.runtime.interpreter import InterpreterOptions, interpreter_builder
 
 from stillhouse.kernels.paged_attention.gpu import CodedBasis, GpuDecoder, RawTokens, Sequences
 from stillhouse.kernels.paged_attention.gpu_configs import AttendShape, split_count
@@ -23,22 +20,9 @@ from stillhouse.kernels.paged_attention.reference import attend_reference
 from stillhouse.kernels.turboquant import ChannelGroup, MseCodec
 from tests.kernels.paged_attention.gpu_pages import Paged, codec_of, fitted, paged
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # The interpreter cuts bfloat16 off where a GPU rounds it; float16 shows the kernel's own error.
 BOUND = {torch.float16: 2e-3, torch.bfloat16: 5e-3}
 RANGES = [(0, 70), (0, 1), (5, 5), (9, 64)]
-
-
-@pytest.fixture(autouse=True)
-def numpy_may_overflow() -> Iterator[None]:
-    # The interpreter computes with NumPy, which warns where a GPU gives an infinity.
-    with np.errstate(all="ignore"):
-        yield
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 def queries(*shape: int, dtype: torch.dtype = torch.float16, seed: int = 3) -> torch.Tensor:
@@ -296,9 +280,8 @@ def test_codecs_that_no_kernel_reads_are_refused() -> None:
         CodedBasis.of(two, "cpu")
 
 
-def test_the_debug_mode_finds_a_page_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    # What the launch option `debug` sets for a compiled kernel.
-    monkeypatch.setattr(interpreter_builder, "options", InterpreterOptions(debug=True))
+@pytest.mark.usefixtures("debugging")
+def test_the_debug_mode_finds_a_page_that_does_not_exist() -> None:
     case = paged((codec_of(4, 64), codec_of(4, 64)), [(0, 40)], 1, 32)
     table, *ends = case.sequences
     decoder = decoder_of(case, 64, check=True)

@@ -1,9 +1,7 @@
 """Continued prefill's Triton kernels against float64; devices as in test_gpu.py."""
 
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,21 +12,8 @@ from stillhouse.kernels.paged_attention.gpu_chunk import ChunkTokens, attend_chu
 from stillhouse.kernels.paged_attention.reference import chunk_shares
 from tests.kernels.paged_attention.gpu_pages import Paged, codec_of, fitted, paged
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 BOUND = 2e-3
 RANGES = [(0, 70), (5, 5), (9, 40)]
-
-
-@pytest.fixture(autouse=True)
-def numpy_may_overflow() -> Iterator[None]:
-    # The interpreter computes with NumPy, which warns where a GPU gives an infinity.
-    with np.errstate(all="ignore"):
-        yield
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 def drawn(seed: int, *shape: int) -> torch.Tensor:

@@ -5,15 +5,11 @@ or on a GPU.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from triton.runtime.errors import InterpreterError
-from triton.runtime.interpreter import InterpreterOptions, interpreter_builder
 
 from stillhouse.kernels.paged_attention import HalfPage, gpu_store, read_vectors, write_vectors
 from stillhouse.kernels.paged_attention.gpu import GpuCodec
@@ -30,30 +26,11 @@ from stillhouse.kernels.turboquant import (
 )
 from tests.kernels.paged_attention.gpu_pages import codec_of, fitted
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 BITS = [2, 3, 4, 8]
 HEAD_DIMS = [64, 80, 96, 128, 192, 256]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EDGE = 1e-5  # where float32 sums in another order may round to either side of a boundary
 HALF_ULP = 2.0**-10  # a float16 next to another
-
-
-@pytest.fixture(autouse=True)
-def numpy_may_overflow() -> Iterator[None]:
-    # The interpreter computes with NumPy, which warns where a GPU gives an infinity.
-    with np.errstate(all="ignore"):
-        yield
-
-
-@pytest.fixture
-def debugging(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The interpreter's own way to what `debug` compiles: assertions and integers that overflow.
-    monkeypatch.setattr(interpreter_builder, "options", InterpreterOptions(debug=True))
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:
@@ -238,55 +215,6 @@ def test_dtypes_and_strides(bits: int, dtype: torch.dtype, device: str) -> None:
         assert_stored(codec, x, torch.full_like(half_pages, 7), half_pages, half, slots)
 
 
-@pytest.mark.usefixtures("debugging")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_fp8_of_every_number_of_16_bits(dtype: torch.dtype, device: str) -> None:
-    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(64, 4, 256)
-    assert_same_fp8(fp8_bytes(x, device), cast_bytes(x), x)
-
-
-@pytest.mark.usefixtures("debugging")
-def test_fp8_beside_every_tie(device: str) -> None:
-    codes = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    tie = torch.cat([(codes[1:] + codes[:-1]) / 2, torch.tensor([464.0])])
-    far = torch.tensor([math.inf, math.nan, 480.0, 3e38, 1e-45, 2.0**-126, 0.0])
-    up, down = (tie.nextafter(torch.full_like(tie, end)) for end in (math.inf, -math.inf))
-    values = torch.cat([tie, up, down, codes, far])
-    values = torch.cat([values, -values])
-    x = torch.zeros(5 * 256)
-    x[: len(values)] = values
-    x = x.view(5, 1, 256)
-    found = fp8_bytes(x, device)
-    assert_same_fp8(found, cast_bytes(x), x)
-    assert found.view(-1)[126] == 0x7E  # 464 goes to 448
-    assert found.view(-1)[253] == 0x7F  # and the next number is lost
-
-
-def fp8_bytes(x_THD: Tensor, device: str) -> Tensor:
-    """uint8 [T, H, D], as keys and values alike have them."""
-    tokens, heads, dim = x_THD.shape
-    store = GpuStore(Fp8Codec(dim), Fp8Codec(dim), 16, device=device)
-    pages = [store.pages.key.empty(-(-tokens // 16), heads, device) for _ in range(2)]
-    slots = torch.arange(tokens)
-    x = x_THD.to(device)
-    store.store(x, x, pages[0], pages[1], slots.to(device))
-    assert torch.equal(*pages)
-    return read_vectors(pages[0].cpu(), store.pages.key, slots)[0].transpose(0, 1)
-
-
-def assert_same_fp8(found: Tensor, wanted: Tensor, x_THD: Tensor) -> None:
-    """But for the sign of a NaN, which a GPU may drop where it widens the number."""
-    kept = torch.where(x_THD.isnan(), 0x7F, 0xFF).to(torch.uint8)
-    assert torch.equal(found & kept, wanted & kept)
-
-
-def cast_bytes(x_THD: Tensor) -> Tensor:
-    """What `Fp8Codec` makes of numbers, those that it refuses included."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stillhouse.kernels.turboquant.fp8.Fp8Vectors.require_finite", lambda _: None)
-        return Fp8Codec(x_THD.shape[-1]).encode(x_THD).codes
-
-
 @pytest.mark.parametrize("kind", SCALAR_KINDS)
 def test_what_is_not_finite_shows_in_the_scalar(kind: Any, device: str) -> None:
     x = gaussian(6, 1, 64)
@@ -325,108 +253,6 @@ def test_options_hold_what_the_kernel_is_compiled_for() -> None:
     assert (large["KEY_S"], large["KEY_C"], large["VALUE_BITS"], large["PAGE"]) == (16, 112, 8, 32)
     wide = StoreShape(256, 4, "unbiased", True)
     assert store_options(256, 32, wide, wide, few=False)["BLOCK"] == 32
-
-
-def test_codecs_that_are_refused(device: str) -> None:
-    good = codec_of(4, 64)
-    with pytest.raises(ValueError, match=r"expected one group .* found \[\(64, 5\)\]"):
-        GpuStore(MseCodec(64, 5, "norm"), good, 16, device=device)
-    with pytest.raises(ValueError, match="expected a head size of 64, 80, … 256, found 32"):
-        GpuStore(Fp8Codec(32), good, 16, device=device)
-    with pytest.raises(ValueError, match="law 'gaussian', found 'sphere'"):
-        GpuStore(good, MseCodec(64, 4, "norm", law="sphere"), 16, device=device)
-    with pytest.raises(ValueError, match="one head size, found 64 and 80"):
-        GpuStore(good, codec_of(4, 80), 16, device=device)
-    with pytest.raises(ValueError, match="expected pages of"):
-        GpuStore(good, good, 24, device=device)
-    with pytest.raises(ValueError, match="expected a CUDA device, found meta"):
-        GpuStore(Fp8Codec(64), Fp8Codec(64), 16, device="meta")
-    uneven = HeadFit(
-        torch.zeros(1, 64), None, None, torch.arange(1.0, 65)[None], (ChannelGroup(64, 4),)
-    )
-    with pytest.raises(ValueError, match="expected weights alike"):
-        GpuStore(good, FittedCodec(uneven, "unbiased"), 16, device=device)
-
-
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "heads": (
-        {"key_THD": torch.zeros(2, 3, 64), "value_THD": torch.zeros(2, 3, 64)},
-        "expected 2 heads, one for each map, found 3",
-    ),
-    "head size": ({"key_THD": torch.zeros(2, 2, 80)}, r"expected keys .*, \[2, 2, 64\], found"),
-    "tokens": ({"value_THD": torch.zeros(3, 2, 64)}, r"expected values .* found .* \[3, 2, 64\]"),
-    "axes": ({"key_THD": torch.zeros(2, 64)}, r"expected keys \[T, H, D\]"),
-    "dtype": ({"value_THD": torch.zeros(2, 2, 64).double()}, r"found torch\.float64"),
-    "stride": (
-        {"key_THD": torch.zeros(2, 64, 2).transpose(1, 2)},
-        r"expected contiguous keys, found vectors with strides \(128, 1, 2\)",
-    ),
-    "page bytes": (
-        {"keys_NHY": torch.zeros(2, 2, 528, dtype=torch.uint8)},
-        r"expected half pages of keys, uint8 \[N, 2, 544\]",
-    ),
-    "pages' dtype": (
-        {"values_NHY": torch.zeros(2, 2, 1024, dtype=torch.int8)},
-        r"expected half pages of values, uint8",
-    ),
-    "alignment": (
-        {"keys_NHY": torch.zeros(2, 2, 552, dtype=torch.uint8)[..., :544]},
-        "begin at multiples of 16 bytes",
-    ),
-    "slots' dtype": (
-        {"slots_T": torch.zeros(2)},
-        r"expected contiguous slots, int32 or int64 \[2\], found torch\.float32",
-    ),
-    "slots' number": ({"slots_T": torch.zeros(3, dtype=torch.int64)}, r"int64 \[2\], found"),
-    "slots' stride": ({"slots_T": torch.zeros(4, dtype=torch.int64)[::2]}, "contiguous slots"),
-    "device": (
-        {"slots_T": torch.zeros(2, dtype=torch.int64, device="meta")},
-        "expected tensors on .* found one on meta",
-    ),
-    "large slot": (
-        {"slots_T": torch.tensor([0, 32])},
-        "expected slots from -1 to 31, found 0 to 32",
-    ),
-    "small slot": ({"slots_T": torch.tensor([-2, 0])}, "expected slots from -1 to 31, found -2 to"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_wrong_arguments_are_refused_before_anything_is_written(case: str, device: str) -> None:
-    changed, message = REFUSED[case]
-    store = GpuStore(fitted(4, 64, 64, 2), Fp8Codec(64), 16, device=device)
-    given = {
-        "key_THD": torch.ones(2, 2, 64),
-        "value_THD": torch.ones(2, 2, 64),
-        "keys_NHY": store.pages.key.empty(2, 2),
-        "values_NHY": store.pages.value.empty(3, 2),
-        "slots_T": torch.arange(2),
-    } | changed
-    placed: Any = {
-        name: part if part.is_meta else on_device(part, device) for name, part in given.items()
-    }
-    with pytest.raises(ValueError, match=message):
-        store.store(**placed)
-    assert not bool(placed["keys_NHY"].any())
-    assert not bool(placed["values_NHY"].any())
-
-
-def on_device(part: Tensor, device: str) -> Tensor:
-    """With the same strides."""
-    if device == "cpu":
-        return part
-    whole = torch.zeros(part.untyped_storage().nbytes(), dtype=torch.uint8, device=device)
-    view = whole.view(part.dtype).as_strided(part.shape, part.stride())
-    view.copy_(part)
-    return view
-
-
-@pytest.mark.usefixtures("debugging")
-def test_a_trusted_slot_out_of_range_is_found_in_the_kernel() -> None:
-    store = GpuStore(Fp8Codec(64), Fp8Codec(64), 16, device="cpu", check=True)
-    x, pages = torch.zeros(2, 1, 64), store.pages.key.empty(2, 1)
-    with pytest.raises(InterpreterError, match="a slot out of range"):
-        store.store(x, x, pages, pages.clone(), torch.tensor([0, 32]), trusted=True)
 
 
 @pytest.mark.gpu

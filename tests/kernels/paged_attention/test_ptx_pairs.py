@@ -117,7 +117,7 @@ def test_the_error_over_the_codebooks_law_is_what_the_module_says(bits: int) -> 
     assert all(value == float(np.float16(value)) for value in POLYNOMIALS[bits])
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+@triton.jit
 def _decode_kernel(
     page_ptr, out_ptr, count, stride_page,
     C: tl.constexpr, S: tl.constexpr, TILES: tl.constexpr, BITS: tl.constexpr,

@@ -6,10 +6,8 @@
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any, cast
 
-import numpy as np
 import pytest
 import torch
 
@@ -31,20 +29,7 @@ from stillhouse.kernels.turboquant.triton_codec import TritonTables, decode, enc
 BITS = [1, 2, 3, 4, 5]
 HEAD_DIMS = [64, 80, 96, 128, 192, 256]
 EDGE = 1e-5  # where float32 sums in another order may round to either side of a boundary
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 HALF_ULP = 2.0**-10  # a float16 next to another
-
-
-@pytest.fixture(autouse=True)
-def numpy_may_overflow() -> Iterator[None]:
-    # The interpreter computes with NumPy, which warns where a GPU gives an infinity.
-    with np.errstate(all="ignore"):
-        yield
-
-
-@pytest.fixture(params=DEVICES)
-def device(request) -> str:
-    return request.param
 
 
 def gaussian(*shape, seed=0):
