@@ -191,9 +191,9 @@ def _shapes(arch: int) -> Iterator[AttendShape]:
     # A page of 16 tokens is less than a tile, one of 64 less than the largest.
     for bits, (dim, page) in itertools.product(SAME, ((128, 16), (128, 64), (256, 16))):
         yield _shape(dim, bits, page=page)
-    # Groups with two tiles of rows, in formats that have the registers for them.
-    for dim, bits in ((64, (4, 4)), (128, (2, 2)), (256, (4, 4))):
-        yield _shape(dim, bits, group=32)
+    # Two tiles of queries.
+    for bits in SAME:
+        yield _shape(128, bits, group=32)
     for dim, bits in itertools.product((64, 128, 256), ((4, 4), (2, 2), (8, 4))):
         yield _shape(dim, bits, raw=True, capped=True)
 

@@ -20,6 +20,7 @@ import triton
 from torch import Tensor
 
 from stillhouse.kernels.paged_attention.gpu_configs import (
+    ROWS,
     AttendShape,
     attend_options,
     merge_options,
@@ -161,7 +162,8 @@ class GpuDecoder:
         shape = self.shape(query_BHGD, raw=raw is not None)
         if splits is None:
             room = sequences.table_BW.shape[1] * self.pages.tokens
-            programs = query_BHGD.shape[0] * query_BHGD.shape[1]
+            batch, heads, group, _ = query_BHGD.shape
+            programs = batch * heads * triton.cdiv(group, ROWS)
             processors = _processors(query_BHGD.device)
             splits = split_count(shape, programs, room if tokens is None else tokens, processors)
         pages = (keys_NHY, values_NHY)
@@ -223,7 +225,7 @@ class GpuDecoder:
             raw_strides = [n for half in raw[:2] for n in half.stride()[:2]]
         table = sequences.table_BW
         page_strides = [stride for half in pages for stride in half.stride()[:2]]
-        attend_kernel[(every, heads, batch)](
+        attend_kernel[(every * triton.cdiv(group, ROWS), heads, batch)](
             query, *coded, *pages, *sequences, *raw_parts, sums, raw_sums, ml,
             self.scale, self.cap, *query.stride()[:2], *page_strides, table.stride(0),
             *raw_strides, min(half.shape[0] for half in pages),

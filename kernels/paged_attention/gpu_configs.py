@@ -9,6 +9,7 @@ from typing import Any
 from stillhouse.kernels.paged_attention.triton_unpack import elements, tile_columns, tile_count
 
 MOST_SPLITS = 128  # of a sequence; the merge reads as many sums a query
+ROWS = 16  # queries of a tile, what a product has at least: sums of more would not fit registers
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +57,6 @@ def tiling(shape: AttendShape) -> Tiling:
     block = 32 * warps if tight else 64 * warps
     if 3 in bits and channels > 64:  # a second plane, and where its bits go
         block = 32
-    if rows_of(shape.group) > 16 and channels <= 128:
-        warps, block = 1, 32
     registers = 255 if shape.page < 128 or (extra and channels > 128) else None
     return Tiling(max(32, min(block, 128, shape.page)), warps, registers=registers)
 
@@ -68,7 +67,7 @@ def attend_options(shape: AttendShape, splits: int, *, check: bool, asm: bool) -
     options: dict[str, Any] = {
         "D": shape.head_dim, "D_PAD": padded(shape.head_dim),
         "C": shape.key_channels, "V": shape.value_channels,
-        "G": shape.group, "M": rows_of(shape.group),
+        "G": shape.group, "M": ROWS,
         "PAGE": shape.page, "BLOCK": found.block, "SPLITS": splits, "STAGES": found.stages,
         "HAS_RAW": shape.raw, "HAS_CAP": shape.capped, "CHECK": check, "ASM": asm,
         "num_warps": found.warps, "num_stages": found.stages, "maxnreg": found.registers,
@@ -142,7 +141,7 @@ def finish_options(
 def split_count(shape: AttendShape, programs: int, tokens: int, processors: int) -> int:
     """Parts of each sequence's tokens, so that a GPU of so many processors (SMs) is full once.
 
-    programs: sequences times key/value heads. A part has two tiles or more.
+    programs: sequences times key/value heads times tiles of queries. A part has two tiles or more.
     """
     found = tiling(shape)
     resident = processors * max(1, 12 // found.warps)  # 12 warps fit their registers on an SM
@@ -157,9 +156,9 @@ def padded(count: int) -> int:
 
 def rows_of(group: int) -> int:
     """Rows of a tile of queries: a product has 16 or more."""
-    return max(16, padded(group))
+    return max(ROWS, padded(group))
 
 
-def has_wide_rows(channels: int) -> bool:
+def has_readable_rows(channels: int) -> bool:
     """Whether `triton_unpack` reads rows of so many channels: 64, 80, … 256."""
     return channels % 16 == 0 and elements(channels, 2) >= 8 and channels <= 256

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stillhouse.kernels.paged_attention.gpu_configs import has_wide_rows
+from stillhouse.kernels.paged_attention.gpu_configs import has_readable_rows
 from stillhouse.kernels.paged_attention.pages import HalfPage, VectorFormat
 from stillhouse.kernels.paged_attention.ptx_pairs import GPU_BITS
 from stillhouse.kernels.turboquant import ChannelGroup
@@ -21,7 +21,7 @@ HALVES = (torch.float16, torch.bfloat16)
 def require_format(groups: Sequence[ChannelGroup]) -> VectorFormat:
     """ValueError unless the Triton kernels read vectors of these channel groups."""
     fits = len(groups) == 1 and groups[0].bits in GPU_BITS
-    if not fits or not has_wide_rows(groups[0].channels):
+    if not fits or not has_readable_rows(groups[0].channels):
         raise ValueError(
             f"expected one group of 64, 80, … 256 channels of {GPU_BITS} bits (8: fp8), found "
             f"{[(group.channels, group.bits) for group in groups]}"

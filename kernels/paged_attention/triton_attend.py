@@ -222,14 +222,15 @@ def attend_kernel(
     CHECK: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """One split of a sequence and head: sums [B, H, N, G, V] of packed tokens, or [B, H, G, D] of
-    those in 16 bits, and (m, l) [B, H, N (+ 1), 2, G], all float32.
+    """M queries and one split of a sequence and head: sums [B, H, N, G, V] of packed tokens, or
+    [B, H, G, D] of those in 16 bits, and (m, l) [B, H, N (+ 1), 2, G], all float32.
 
     A split is so many whole tiles of the true range of the sequence: the grid is fixed.
     """
-    n, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    TILES: tl.constexpr = (G + M - 1) // M  # of queries; side by side, as they read the same pages
+    n, h, b = tl.program_id(0) // TILES, tl.program_id(1), tl.program_id(2)
     head = b * tl.num_programs(1) + h
-    row = tl.arange(0, M)
+    row = tl.program_id(0) % TILES * M + tl.arange(0, M)
     live_row = row < G
     if HAS_RAW and n == SPLITS:
         query_ptr += b.to(tl.int64) * stride_qb + h.to(tl.int64) * stride_qh
@@ -262,6 +263,6 @@ def attend_kernel(
         )  # fmt: skip
         sums_ptr += (head * SPLITS + n).to(tl.int64) * (G * V)
         store_sums(sums_ptr, sums, row, live_row, V, VALUE_BITS, VALUE_TILES, VALUE_COLUMNS)
-    ml_ptr += (head * tl.num_programs(0) + n) * (2 * G)
+    ml_ptr += (head * (SPLITS + HAS_RAW) + n) * (2 * G)
     tl.store(ml_ptr + row, m, mask=live_row)
     tl.store(ml_ptr + G + row, total, mask=live_row)

@@ -82,6 +82,16 @@ def test_every_head_size_is_within_the_bound(dim: int, device: str) -> None:
     assert compared(case, queries(4, 1, 4, dim), device) < BOUND[torch.float16]
 
 
+@pytest.mark.parametrize("group", [16, 17, 33])
+def test_groups_of_more_queries_than_a_tile(group: int, device: str) -> None:
+    case = paged((codec_of(4, 64), codec_of(3, 64)), [(0, 40), (3, 20)], 2, 32, device)
+    key, value = (queries(2, 2, 5, 64, seed=seed) for seed in (5, 6))
+    zero = torch.zeros(2, dtype=torch.int32)
+    tokens = RawTokens(*(part.to(device) for part in (key, value, zero, zero + 5)))
+    raw = (tokens, list(zip(key, value, strict=True)))
+    assert compared(case, queries(2, 2, group, 64), device, raw=raw) < BOUND[torch.float16]
+
+
 @pytest.mark.parametrize("page", [16, 32, 64, 128])
 def test_pages_of_every_size_and_bfloat16(page: int, device: str) -> None:
     case = paged((codec_of(4, 64), codec_of(8, 64)), [(3, 150), (0, 2)], 2, page, device)
