@@ -60,8 +60,12 @@ def paged(
     page: int,
     device: str = "cpu",
     seed: int = 0,
+    sizes: Tensor | None = None,
 ) -> Paged:
-    """Keys and values of Gaussian vectors; the rest of the pages is NaN."""
+    """Keys and values of Gaussian vectors; the rest of the pages is NaN.
+
+    sizes: of tokens, in turn; all 1 by default.
+    """
     draw = torch.Generator().manual_seed(seed)
     bases = (CodedBasis.of(codecs[0], device), CodedBasis.of(codecs[1], device))
     format = PageFormat.of(bases[0].format, bases[1].format, page)
@@ -85,6 +89,8 @@ def paged(
             x = torch.randn((heads, last, codec.head_dim), generator=draw)[:, first:]
             if isinstance(codec, FittedCodec):
                 x = x + codec.fit.mean_HD[:, None].cpu()
+            if sizes is not None:
+                x = x * sizes[token[first:] % len(sizes), None]
             record: Any = codec.encode(x)
             packed = record.codes if isinstance(codec, Fp8Codec) else record.indices
             scalars = None if isinstance(codec, Fp8Codec) else record.scalars

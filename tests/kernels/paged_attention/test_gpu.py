@@ -169,6 +169,17 @@ def test_scores_far_above_and_below_all_others(device: str) -> None:
     assert compared(case, queries(2, 2, 3, 64) * 60, device) < 4e-3
 
 
+@pytest.mark.parametrize("bits", [(4, 4), (8, 3)])
+@pytest.mark.parametrize("sizes", [[1e-4], [3e3], [3e3, 1e-2, 1.0, 1e-4, 50.0]])
+def test_values_of_any_size(bits: tuple[int, int], sizes: list[float], device: str) -> None:
+    codecs = (codec_of(bits[0], 64), codec_of(bits[1], 64))
+    if bits[0] == 8:  # which ends at 448
+        sizes = [min(size, 50.0) for size in sizes]
+    case = paged(codecs, [(0, 70), (9, 64)], 2, 32, device, sizes=torch.tensor(sizes))
+    query = queries(2, 2, 3, 64) / max(sizes)
+    assert compared(case, query, device) < BOUND[torch.float16]
+
+
 @pytest.mark.parametrize("splits", [2, 3, 9])
 def test_the_number_of_splits_hardly_matters(splits: int, device: str) -> None:
     case = paged((codec_of(4, 64), codec_of(4, 64)), [(7, 290), (0, 40)], 2, 16, device)
