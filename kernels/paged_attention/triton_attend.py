@@ -47,6 +47,15 @@ def capped(score, cap, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
+def raw_product(a, b, sums, ASM: tl.constexpr):
+    """a · b + sums of numbers in 16 bits."""
+    if ASM:
+        return tl.dot(a, b, sums)
+    else:  # the interpreter multiplies the bits of bfloat16 as if they were integers
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sums)
+
+
+@triton.jit
 def attend_packed(
     coded_ptr, factor_ptr, offset_ptr, keys_ptr, values_ptr, table_ptr, row, live_row, first,
     lowest, highest, begin, end, cap, stride_kn, stride_vn, pages,
@@ -138,6 +147,7 @@ def store_sums(
 def _attend_raw(
     query_ptr, keys_ptr, values_ptr, first, last, scale, cap, row, live_row,
     D: tl.constexpr, D_PAD: tl.constexpr, M: tl.constexpr, HAS_CAP: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """m, l and sums [M, D_PAD] over tokens [first, last) in 16 bits; weights have twice as many."""
     column = tl.arange(0, D_PAD)
@@ -155,8 +165,8 @@ def _attend_raw(
         mask = (token < last)[:, None] & (column < D)[None, :]
         key = tl.load(keys_ptr + place, mask=mask, other=0.0).to(query.dtype)
         value = tl.load(values_ptr + place, mask=mask, other=0.0)
-        score = tl.dot(query, tl.trans(key)) * scale
-        score = capped(score, cap, HAS_CAP)
+        score = raw_product(query, tl.trans(key), tl.zeros((M, 16), tl.float32), ASM)
+        score = capped(score * scale, cap, HAS_CAP)
         score = tl.where((token < last)[None, :], score, float("-inf"))
         top = tl.maximum(m, tl.max(score, axis=1))
         weight = tl.exp2(score - top[:, None])
@@ -165,7 +175,8 @@ def _attend_raw(
         total = total * fade + tl.sum(weight, axis=1)
         high = weight.to(value.dtype)
         low = (weight - high.to(tl.float32)).to(value.dtype)
-        sums = tl.dot(low, value, tl.dot(high, value, sums * fade[:, None]))
+        sums = raw_product(high, value, sums * fade[:, None], ASM)
+        sums = raw_product(low, value, sums, ASM)
     return m, total, sums
 
 
@@ -238,7 +249,7 @@ def attend_kernel(
         raw_values_ptr += b.to(tl.int64) * stride_rvb + h.to(tl.int64) * stride_rvh
         m, total, plain = _attend_raw(
             query_ptr, raw_keys_ptr, raw_values_ptr, tl.load(raw_first_ptr + b),
-            tl.load(raw_last_ptr + b), scale, cap, row, live_row, D, D_PAD, M, HAS_CAP,
+            tl.load(raw_last_ptr + b), scale, cap, row, live_row, D, D_PAD, M, HAS_CAP, ASM,
         )  # fmt: skip
         column = tl.arange(0, D_PAD)
         tl.store(

@@ -12,7 +12,12 @@ values.
 import triton
 import triton.language as tl
 
-from stillhouse.kernels.paged_attention.triton_attend import attend_packed, capped, store_sums
+from stillhouse.kernels.paged_attention.triton_attend import (
+    attend_packed,
+    capped,
+    raw_product,
+    store_sums,
+)
 from stillhouse.kernels.paged_attention.triton_merge import LN2, LOWEST
 
 
@@ -112,7 +117,7 @@ def chunk_kernel(
         raw_keys_ptr + b.to(tl.int64) * stride_rkb + h.to(tl.int64) * stride_rkh,
         raw_values_ptr + b.to(tl.int64) * stride_rvb + h.to(tl.int64) * stride_rvh,
         row, live_row, before + row // G, begin, end, window, scale, cap,
-        D, D_PAD, M, BLOCK, HAS_WINDOW, HAS_CAP,
+        D, D_PAD, M, BLOCK, HAS_WINDOW, HAS_CAP, ASM,
     )  # fmt: skip
     column = tl.arange(0, D_PAD)
     tl.store(
@@ -128,7 +133,7 @@ def chunk_kernel(
 def _attend_causal(
     query_ptr, keys_ptr, values_ptr, row, live_row, own, begin, end, window, scale, cap,
     D: tl.constexpr, D_PAD: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """m, l and sums [M, D_PAD] over raw tokens [begin, end), each row's up to its own."""
     column = tl.arange(0, D_PAD)
@@ -147,7 +152,8 @@ def _attend_causal(
         mask = (token < end)[:, None] & inside
         key = tl.load(keys_ptr + place, mask=mask, other=0.0).to(query.dtype)
         value = tl.load(values_ptr + place, mask=mask, other=0.0)
-        score = capped(tl.dot(query, tl.trans(key)) * scale, cap, HAS_CAP)
+        score = raw_product(query, tl.trans(key), tl.zeros((M, BLOCK), tl.float32), ASM)
+        score = capped(score * scale, cap, HAS_CAP)
         seen = token[None, :] <= own[:, None]
         if HAS_WINDOW:
             seen &= token[None, :] > (own - window)[:, None]
@@ -157,7 +163,7 @@ def _attend_causal(
         fade = tl.exp2(m - top)
         m = top
         total = total * fade + tl.sum(weight, axis=1)
-        sums = tl.dot(weight.to(value.dtype), value, sums * fade[:, None])
+        sums = raw_product(weight.to(value.dtype), value, sums * fade[:, None], ASM)
     return m, total, sums
 
 
