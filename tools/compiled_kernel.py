@@ -9,12 +9,13 @@ import subprocess
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from tools.sass import cuobjdump
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # a block's most, by architecture
 _RESERVED = 1024  # bytes of shared memory of each block that the system keeps, beyond those
@@ -86,11 +87,10 @@ def compile_kernel(launch: Launch, arch: int) -> tuple[Usage, bytes]:
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:
     """Registers and bytes of stack (with local memory) of the one kernel of a cubin."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
+        command = [str(cuobjdump()), "--dump-resource-usage", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
     if found is None:

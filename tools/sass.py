@@ -136,7 +136,7 @@ def disassemble(cubin: bytes) -> list[Instruction]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(_cuobjdump()), "-sass", file.name]
+        command = [str(cuobjdump()), "-sass", file.name]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(
@@ -146,7 +146,8 @@ def disassemble(cubin: bytes) -> list[Instruction]:
     return parse(done.stdout)
 
 
-def _cuobjdump() -> Path:
+def cuobjdump() -> Path:
+    """The disassembler that triton carries."""
     spec = find_spec("triton")
     if spec is None or spec.origin is None:
         raise FileNotFoundError("expected the package triton, which has cuobjdump; found none")

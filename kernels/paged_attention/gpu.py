@@ -29,15 +29,15 @@ from stillhouse.kernels.paged_attention.gpu_configs import (
     split_count,
 )
 from stillhouse.kernels.paged_attention.gpu_refusals import (
+    require_codec,
     require_decode,
-    require_format,
     require_table,
 )
 from stillhouse.kernels.paged_attention.pages import PageFormat, VectorFormat
 from stillhouse.kernels.paged_attention.triton_attend import attend_kernel
 from stillhouse.kernels.paged_attention.triton_merge import merge_kernel
 from stillhouse.kernels.paged_attention.triton_query import query_kernel
-from stillhouse.kernels.turboquant import ChannelGroup, FittedCodec, Fp8Codec, MseCodec
+from stillhouse.kernels.turboquant import FittedCodec, Fp8Codec, MseCodec
 
 LOG2E = 1.4426950408889634
 GpuCodec = MseCodec | FittedCodec | Fp8Codec
@@ -62,11 +62,9 @@ class CodedBasis:
     @classmethod
     def of(cls, codec: GpuCodec, device: torch.device | str) -> "CodedBasis":
         """ValueError for a codec whose vectors no Triton kernel reads."""
+        format = require_codec(codec)
         if isinstance(codec, Fp8Codec):
-            return cls(require_format((ChannelGroup(codec.head_dim, 8),)))
-        if isinstance(codec, MseCodec) and codec.law != "gaussian":
-            raise ValueError(f"expected a codec of the law 'gaussian', found {codec.law!r}")
-        format = require_format(codec.coded_groups)
+            return cls(format)
         heads, dim, channels = getattr(codec, "heads", 1), codec.head_dim, format.channels
         own = codec.fit.mean_HD if isinstance(codec, FittedCodec) else codec.rotation.matrix
         # The maps are linear: their matrices are what they make of the unit vectors.
@@ -167,8 +165,9 @@ class GpuDecoder:
             processors = _processors(query_BHGD.device)
             splits = split_count(shape, programs, room if tokens is None else tokens, processors)
         pages = (keys_NHY, values_NHY)
-        sums = self._attend(shape, splits, query_BHGD, pages, sequences, raw)
-        return self._merge(shape, splits, query_BHGD, sums)
+        with torch.cuda.device_of(query_BHGD):
+            sums = self._attend(shape, splits, query_BHGD, pages, sequences, raw)
+            return self._merge(shape, splits, query_BHGD, sums)
 
     def shape(self, query_BHGD: Tensor, *, raw: bool) -> AttendShape:
         """What its kernels are compiled for."""

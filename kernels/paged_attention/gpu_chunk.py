@@ -70,21 +70,22 @@ def attend_chunk(
         require_places(sequences, chunk, query_BHMD.shape[2] // group)
     batch, heads, rows, dim = query_BHMD.shape
     shape = replace(decoder.shape(query_BHMD, raw=False), group=group)
-    coded = decoder.coded(query_BHMD)
-    sums = floats(query_BHMD, batch, heads, rows, shape.value_channels)
-    raw_sums = floats(query_BHMD, batch, heads, rows, dim)
-    ml = floats(query_BHMD, batch, heads, 2, 2, rows)
-    options = chunk_options(shape, windowed=bool(window), check=decoder.check, asm=ASM)
-    strides = [n for half in (keys_NHY, values_NHY) for n in half.stride()[:2]]
-    raw_strides = [n for half in chunk[:2] for n in half.stride()[:2]]
-    chunk_kernel[(triton.cdiv(rows, options["M"]), heads, batch)](
-        query_BHMD, *coded, keys_NHY, values_NHY, *sequences, chunk.position_B, chunk.hidden_B,
-        *chunk[:2], sums, raw_sums, ml, decoder.scale, decoder.cap, *query_BHMD.stride()[:2],
-        *strides, sequences.table_BW.stride(0), *raw_strides,
-        min(keys_NHY.shape[0], values_NHY.shape[0]), rows, chunk.key_BHRD.shape[2], window,
-        **options,
-    )  # fmt: skip
-    return _finish(decoder, query_BHMD, (sums, raw_sums, ml))
+    with torch.cuda.device_of(query_BHMD):
+        coded = decoder.coded(query_BHMD)
+        sums = floats(query_BHMD, batch, heads, rows, shape.value_channels)
+        raw_sums = floats(query_BHMD, batch, heads, rows, dim)
+        ml = floats(query_BHMD, batch, heads, 2, 2, rows)
+        options = chunk_options(shape, windowed=bool(window), check=decoder.check, asm=ASM)
+        strides = [n for half in (keys_NHY, values_NHY) for n in half.stride()[:2]]
+        raw_strides = [n for half in chunk[:2] for n in half.stride()[:2]]
+        chunk_kernel[(triton.cdiv(rows, options["M"]), heads, batch)](
+            query_BHMD, *coded, keys_NHY, values_NHY, *sequences, chunk.position_B, chunk.hidden_B,
+            *chunk[:2], sums, raw_sums, ml, decoder.scale, decoder.cap, *query_BHMD.stride()[:2],
+            *strides, sequences.table_BW.stride(0), *raw_strides,
+            min(keys_NHY.shape[0], values_NHY.shape[0]), rows, chunk.key_BHRD.shape[2], window,
+            **options,
+        )  # fmt: skip
+        return _finish(decoder, query_BHMD, (sums, raw_sums, ml))
 
 
 def _finish(

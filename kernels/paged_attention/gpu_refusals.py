@@ -10,16 +10,24 @@ import torch
 from torch import Tensor
 
 from stillhouse.kernels.paged_attention.gpu_configs import has_readable_rows
-from stillhouse.kernels.paged_attention.pages import HalfPage, VectorFormat
+from stillhouse.kernels.paged_attention.pages import FP8, HalfPage, VectorFormat
 from stillhouse.kernels.paged_attention.ptx_pairs import GPU_BITS
-from stillhouse.kernels.turboquant import ChannelGroup
+from stillhouse.kernels.turboquant import ChannelGroup, Fp8Codec, MseCodec
 from stillhouse.kernels.turboquant.inputs import INPUT_DTYPES
 
 HALVES = (torch.float16, torch.bfloat16)
 
 
-def require_format(groups: Sequence[ChannelGroup]) -> VectorFormat:
-    """ValueError unless the Triton kernels read vectors of these channel groups."""
+def require_codec(codec: Any) -> VectorFormat:
+    """What it makes; ValueError where the Triton kernels neither read nor write that."""
+    if isinstance(codec, Fp8Codec):
+        return _require_groups((ChannelGroup(codec.head_dim, FP8),))
+    if isinstance(codec, MseCodec) and codec.law != "gaussian":
+        raise ValueError(f"expected a codec of the law 'gaussian', found {codec.law!r}")
+    return _require_groups(codec.coded_groups)
+
+
+def _require_groups(groups: Sequence[ChannelGroup]) -> VectorFormat:
     fits = len(groups) == 1 and groups[0].bits in GPU_BITS
     if not fits or not has_readable_rows(groups[0].channels):
         raise ValueError(
@@ -135,7 +143,7 @@ def require_store(
     for name, half, tensor in zip(("keys", "values"), halves, pages, strict=True):
         _require_pages(name, half, tensor, heads)
     wide = slots.dtype in (torch.int32, torch.int64) and slots.shape == (tokens,)
-    if not wide or slots.stride() != (1,):
+    if not wide or not slots.is_contiguous():
         raise _unexpected(f"contiguous slots, int32 or int64 [{tokens}]", slots)
     for tensor in (*vectors, *pages, slots):
         if tensor.device != store.device:

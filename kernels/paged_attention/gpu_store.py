@@ -23,16 +23,16 @@ import torch
 import triton
 from torch import Tensor
 
-from stillhouse.kernels.paged_attention.gpu import GpuCodec
+from stillhouse.kernels.paged_attention.gpu import GpuCodec, head_stride
 from stillhouse.kernels.paged_attention.gpu_configs import padded
 from stillhouse.kernels.paged_attention.gpu_refusals import (
-    require_format,
+    require_codec,
     require_slots,
     require_store,
 )
-from stillhouse.kernels.paged_attention.pages import FP8, PageFormat, VectorFormat
+from stillhouse.kernels.paged_attention.pages import PageFormat, VectorFormat
 from stillhouse.kernels.paged_attention.triton_store import store_kernel
-from stillhouse.kernels.turboquant import ChannelGroup, FittedCodec, Fp8Codec, gaussian_codebook
+from stillhouse.kernels.turboquant import FittedCodec, Fp8Codec, gaussian_codebook
 from stillhouse.kernels.turboquant.triton_codec import pad_runs
 from stillhouse.kernels.turboquant.triton_kernels import run_columns
 
@@ -100,16 +100,14 @@ class StoreTables:
         """ValueError for a codec whose vectors the kernel does not write."""
         if codec.head_dim % 16 or not 64 <= codec.head_dim <= 256:
             raise ValueError(f"expected a head size of 64, 80, … 256, found {codec.head_dim}")
+        format = require_codec(codec)
         if isinstance(codec, Fp8Codec):
-            return cls(require_format((ChannelGroup(codec.head_dim, FP8),)), codec.head_dim)
-        format = require_format(codec.coded_groups)
+            return cls(format, codec.head_dim)
         heads, mean_HD = None, None
         if isinstance(codec, FittedCodec):
             _require_even_weights(codec, format.channels)
             heads, map_HDD = codec.heads, codec.fit.map_HDD
             mean_HD = codec.fit.mean_HD if bool(codec.fit.mean_HD.any()) else None
-        elif codec.law != "gaussian":
-            raise ValueError(f"expected a codec of the law 'gaussian', found {codec.law!r}")
         else:
             map_HDD = codec.rotation.matrix[None]
         book = gaussian_codebook(format.groups[0].bits)
@@ -135,11 +133,7 @@ class StoreTables:
     @property
     def head_strides(self) -> tuple[int, int]:
         """Elements from a head's map to the next one's, and from its mean: 0 where all share it."""
-        matrix, mean = (
-            0 if table is None or table.shape[0] == 1 else table.stride(0)
-            for table in (self.matrix_HDN, self.mean_HD)
-        )
-        return matrix, mean
+        return head_stride(self.matrix_HDN), head_stride(self.mean_HD)
 
     @property
     def nbytes(self) -> int:
