@@ -67,7 +67,8 @@ def test_a_record_in_two_parts_joins_to_the_whole(codec: VectorCodec) -> None:
     assert torch.equal(codec.decode(parts), codec.decode(whole))
     assert nbytes_of(whole) == nbytes_of(parts) == 2 * 2 * 10 * codec.bytes_per_vector
     middle = map_tensors(whole, lambda tensor: tensor[:, :, 2:5])
-    assert torch.equal(codec.decode(middle), codec.decode(whole)[:, :, 2:5])
+    # A product of fewer rows may be summed in another order: which depends on the processor.
+    torch.testing.assert_close(codec.decode(middle), codec.decode(whole)[:, :, 2:5])
     assert nbytes_of(middle) == nbytes_of(whole)  # a view frees nothing
     assert nbytes_of(map_tensors(middle, torch.clone)) == 2 * 2 * 3 * codec.bytes_per_vector
 
