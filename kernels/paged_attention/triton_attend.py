@@ -12,12 +12,15 @@ a tile), T tokens of a tile, N splits.
 import triton
 import triton.language as tl
 
+from stillhouse.kernels.paged_attention.ptx_tables import SPLIT4, UNIT
 from stillhouse.kernels.paged_attention.triton_merge import LOWEST
 from stillhouse.kernels.paged_attention.triton_query import coded_queries
 from stillhouse.kernels.paged_attention.triton_unpack import channel_of, unpack
 
 # Products of a weight and a scalar stay below 2^14; float16 ends at 2^16.
 HEADROOM = tl.constexpr(14.0)
+SLOPE, STEP = tl.constexpr(SPLIT4.slope / UNIT), tl.constexpr(SPLIT4.step / UNIT)
+BIAS = tl.constexpr(SPLIT4.bias)
 
 
 @triton.jit
@@ -25,7 +28,7 @@ def scalars(rows, live, place, C: tl.constexpr, BITS: tl.constexpr, PAGE: tl.con
     """float32 [T] of a half page's tokens, 0 where not live; infinities become NaN."""
     at = (rows + PAGE * (C * BITS // 8)).to(tl.pointer_type(tl.float16))
     value = tl.load(at + place, mask=live, other=0.0).to(tl.float32)
-    return tl.where(value - value == 0, value, float("nan"))
+    return value * 0.0 + value
 
 
 @triton.jit
@@ -56,6 +59,19 @@ def raw_product(a, b, sums, ASM: tl.constexpr):
 
 
 @triton.jit
+def _split_queries(query, M: tl.constexpr, TILES: tl.constexpr):
+    """Queries for tiles of indices, of which odd ones are 16 times as large, and what a product
+    with the centroids has beside those with indices and bytes."""
+    indexed = ()
+    total = tl.zeros((M,), tl.float32)
+    for tile in tl.static_range(TILES):
+        wide = query[tile].to(tl.float32)
+        total += tl.sum(wide, axis=1)
+        indexed = indexed + ((wide / 16).to(tl.float16) if tile % 2 else query[tile],)
+    return indexed, total * -BIAS
+
+
+@triton.jit
 def attend_packed(
     coded_ptr, factor_ptr, offset_ptr, keys_ptr, values_ptr, table_ptr, row, live_row, first,
     lowest, highest, begin, end, cap, stride_kn, stride_vn, pages,
@@ -64,15 +80,20 @@ def attend_packed(
     KEY_TILES: tl.constexpr, VALUE_TILES: tl.constexpr,
     KEY_COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    HAS_CAP: tl.constexpr, CHECK: tl.constexpr, ASM: tl.constexpr,
+    HAS_CAP: tl.constexpr, CHECK: tl.constexpr, ASM: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """m, l and a tuple of sums [M, S], float32, over tokens of whole tiles from `begin` to `end`.
 
     first: int32 [M], the first token that each row sees; lowest and highest: the ends of these.
+    TABLE: of keys, as `unpack` has it; for few rows, whose products cost little.
     """
+    SPLIT: tl.constexpr = TABLE and KEY_BITS == 4
     factor = tl.load(factor_ptr + row, mask=live_row, other=0.0)
     offset = tl.load(offset_ptr + row, mask=live_row, other=0.0)
     query = coded_queries(coded_ptr, row, live_row, C, KEY_COLUMNS, KEY_TILES, KEY_BITS)
+    if SPLIT:
+        indexed, bias = _split_queries(query, M, KEY_TILES)
+        bias *= factor
     m = tl.zeros((M,), tl.float32) + LOWEST
     total = tl.zeros((M,), tl.float32)
     sums = ()
@@ -90,11 +111,21 @@ def attend_packed(
         if CHECK:
             tl.device_assert((page >= 0) & (page < pages), "a page out of range")
         key_rows = keys_ptr + page.to(tl.int64) * stride_kn
-        keys = unpack(key_rows, live, place, C, KEY_COLUMNS, KEY_BITS, PAGE, BLOCK > PAGE, ASM)
+        keys = unpack(
+            key_rows, live, place, C, KEY_COLUMNS, KEY_BITS, PAGE, BLOCK > PAGE, ASM, TABLE
+        )
         score = tl.zeros((M, BLOCK), tl.float32)
-        for tile in tl.static_range(KEY_TILES):
-            score = tl.dot(query[tile], tl.trans(keys[tile]), score)
-        score *= factor[:, None]
+        if SPLIT:
+            rest = tl.zeros((M, BLOCK), tl.float32)
+            for tile in tl.static_range(KEY_TILES):
+                score = tl.dot(indexed[tile], tl.trans(keys[tile]), score)
+                rest = tl.dot(query[tile], tl.trans(keys[KEY_TILES + tile]), rest)
+            rest = rest * (factor * STEP)[:, None] + bias[:, None]
+            score = score * (factor * SLOPE)[:, None] + rest
+        else:
+            for tile in tl.static_range(KEY_TILES):
+                score = tl.dot(query[tile], tl.trans(keys[tile]), score)
+            score *= factor[:, None]
         if KEY_BITS != 8:
             score *= scalars(key_rows, live, place, C, KEY_BITS, PAGE)[None, :]
         score = capped(score + offset[:, None], cap, HAS_CAP)
@@ -270,7 +301,7 @@ def attend_kernel(
             first + tl.zeros((M,), tl.int32), first, first, begin,
             tl.minimum(begin + span, last), cap,
             stride_kn, stride_vn, pages, C, V, M, KEY_BITS, VALUE_BITS, KEY_TILES, VALUE_TILES,
-            KEY_COLUMNS, VALUE_COLUMNS, PAGE, BLOCK, STAGES, HAS_CAP, CHECK, ASM,
+            KEY_COLUMNS, VALUE_COLUMNS, PAGE, BLOCK, STAGES, HAS_CAP, CHECK, ASM, True,
         )  # fmt: skip
         sums_ptr += (head * SPLITS + n).to(tl.int64) * (G * V)
         store_sums(sums_ptr, sums, row, live_row, V, VALUE_BITS, VALUE_TILES, VALUE_COLUMNS)

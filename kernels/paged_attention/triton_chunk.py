@@ -98,7 +98,7 @@ def chunk_kernel(
         table_ptr + b.to(tl.int64) * stride_table, row, live_row, seen, lowest, highest,
         lowest // BLOCK * BLOCK, last, cap, stride_kn, stride_vn, pages, C, V, M,
         KEY_BITS, VALUE_BITS, KEY_TILES, VALUE_TILES, KEY_COLUMNS, VALUE_COLUMNS, PAGE, BLOCK,
-        STAGES, HAS_CAP, CHECK, ASM,
+        STAGES, HAS_CAP, CHECK, ASM, False,
     )  # fmt: skip
     store_sums(
         sums_ptr + head * rows * V, sums, row, live_row, V, VALUE_BITS, VALUE_TILES, VALUE_COLUMNS

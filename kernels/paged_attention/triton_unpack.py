@@ -7,8 +7,8 @@ of C/R channels (R is 2 for 4 bits, 4 for 2, 8 for the 1-bit plane of 3, 1 for f
 run's even or its odd channels. Rows of 8 elements are read twice, side by side, and tiles hold two
 runs: they are called folded.
 
-ASM is a compile-time flag: PTX for pairs (`ptx_pairs`), or the same in Triton's language, for the
-interpreter, which has no PTX.
+ASM is a compile-time flag: PTX for pairs (`ptx_pairs`, `ptx_tables`), or the same in Triton's
+language, for the interpreter, which has no PTX.
 """
 
 import triton
@@ -20,17 +20,28 @@ from stillhouse.kernels.paged_attention.ptx_pairs import (
     unpack3_assembly,
     unpack_assembly,
 )
+from stillhouse.kernels.paged_attention.ptx_tables import (
+    SPLIT4,
+    TABLE3,
+    split4_assembly,
+    table3_assembly,
+)
 
 _ASM2, _FOLD2 = unpack_assembly(2, False), unpack_assembly(2, True)
 _ASM3, _FOLD3 = unpack3_assembly(False), unpack3_assembly(True)
-_ASM4, _ASM8 = unpack_assembly(4, False), fp8_assembly()
+_TABLE3, _FOLD_TABLE3 = table3_assembly(False), table3_assembly(True)
+_ASM4, _SPLIT4, _ASM8 = unpack_assembly(4, False), split4_assembly(), fp8_assembly()
 CODE2, WIRES2 = tl.constexpr(_ASM2.code), tl.constexpr(_ASM2.constraints)
 FOLD_CODE2, FOLD_WIRES2 = tl.constexpr(_FOLD2.code), tl.constexpr(_FOLD2.constraints)
 CODE3, WIRES3 = tl.constexpr(_ASM3.code), tl.constexpr(_ASM3.constraints)
 FOLD_CODE3, FOLD_WIRES3 = tl.constexpr(_FOLD3.code), tl.constexpr(_FOLD3.constraints)
+TABLE_CODE3 = tl.constexpr(_TABLE3.code)  # wired as the others
+FOLD_TABLE_CODE3 = tl.constexpr(_FOLD_TABLE3.code)
+SPLIT_CODE4, SPLIT_WIRES4 = tl.constexpr(_SPLIT4.code), tl.constexpr(_SPLIT4.constraints)
 CODE4, WIRES4 = tl.constexpr(_ASM4.code), tl.constexpr(_ASM4.constraints)
 CODE8, WIRES8 = tl.constexpr(_ASM8.code), tl.constexpr(_ASM8.constraints)
 P2, P3, P4 = (tl.constexpr(POLYNOMIALS[bits]) for bits in (2, 3, 4))
+CENTROIDS3, BYTES4 = tl.constexpr(TABLE3), tl.constexpr(SPLIT4.bytes)
 
 
 def elements(channels: int, bits: int) -> int:
@@ -77,11 +88,14 @@ def unpack(
     PAGE: tl.constexpr,
     MASKED: tl.constexpr,
     ASM: tl.constexpr,
+    TABLE: tl.constexpr = False,
 ):
     """A tuple of float16 tiles [T, S] without scalars: centroids times √C, or fp8 numbers.
 
     rows: where each token's half page begins, a pointer to bytes or [T] of them. place: int32 [T],
-    in it. MASKED: tokens that are not live are not read.
+    in it. MASKED: tokens that are not live are not read. TABLE: 3 bits are looked up, exact, and 4
+    bits are two tuples, one behind the other: indices, times 16 in odd tiles, and bytes of
+    `SPLIT4`, both in units of 2^-24.
     """
     E: tl.constexpr = C // 8 if BITS == 3 else C * BITS // 16
     FOLD: tl.constexpr = 2 if E == 8 else 1
@@ -95,11 +109,11 @@ def unpack(
         row = (rows + PAGE * (2 * E) + place * E).to(tl.pointer_type(tl.uint16))
         high = _elements(row, column % HALF, column < E * FOLD, live, E * FOLD == S, MASKED)
         shift = half + (column % E // HALF).to(tl.uint16)[None, :]
-        return _unpack3(packed, high, shift, half, FOLD, ASM)
+        return _unpack3(packed, high, shift, half, FOLD, ASM, TABLE)
     elif BITS == 2:
         return _unpack2(packed, half, FOLD, ASM)
     elif BITS == 4:
-        return _unpack4(packed, ASM)
+        return _split4(packed, ASM) if TABLE else _unpack4(packed, ASM)
     else:
         return _unpack8(packed, ASM)
 
@@ -149,15 +163,17 @@ def _unpack2(packed, half, FOLD: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def _unpack3(low, high, shift, half, FOLD: tl.constexpr, ASM: tl.constexpr):
+def _unpack3(
+    low, high, shift, half, FOLD: tl.constexpr, ASM: tl.constexpr, TABLE: tl.constexpr,
+):  # fmt: skip
     if ASM and FOLD == 2:
         return tl.inline_asm_elementwise(
-            FOLD_CODE3, FOLD_WIRES3, [low, high, shift, half],
+            FOLD_TABLE_CODE3 if TABLE else FOLD_CODE3, FOLD_WIRES3, [low, high, shift, half],
             (tl.float16, tl.float16, tl.float16, tl.float16), True, 2,
         )  # fmt: skip
     elif ASM:
         return tl.inline_asm_elementwise(
-            CODE3, WIRES3, [low, high, shift],
+            TABLE_CODE3 if TABLE else CODE3, WIRES3, [low, high, shift],
             (tl.float16, tl.float16, tl.float16, tl.float16,
              tl.float16, tl.float16, tl.float16, tl.float16), True, 2,
         )  # fmt: skip
@@ -166,9 +182,40 @@ def _unpack3(low, high, shift, half, FOLD: tl.constexpr, ASM: tl.constexpr):
         found = ()
         for tile in tl.static_range(2 * FIELDS):
             at = tile // FIELDS * 8 + tile % FIELDS * 2
-            third = (high >> (shift + at)) & 1
-            found = found + (_centroid(((low >> (half + at)) & 3) | (third << 2), 3, P3, 3),)
+            index = ((low >> (half + at)) & 3) | (((high >> (shift + at)) & 1) << 2)
+            if TABLE:
+                found = found + (_entry(index, CENTROIDS3, 8).to(tl.float16),)
+            else:
+                found = found + (_centroid(index, 3, P3, 3),)
         return found
+
+
+@triton.jit
+def _entry(index, table: tl.constexpr, COUNT: tl.constexpr):
+    """float32, for the interpreter."""
+    found = tl.zeros(index.shape, tl.float32)
+    for n in tl.static_range(COUNT):
+        found = tl.where(index == n, table[n], found)
+    return found
+
+
+@triton.jit
+def _split4(packed, ASM: tl.constexpr):
+    if ASM:
+        return tl.inline_asm_elementwise(
+            SPLIT_CODE4, SPLIT_WIRES4, [packed],
+            (tl.float16, tl.float16, tl.float16, tl.float16,
+             tl.float16, tl.float16, tl.float16, tl.float16), True, 2,
+        )  # fmt: skip
+    else:
+        indices, found = (), ()
+        for tile in tl.static_range(4):
+            index = (packed >> (4 * tile)) & 15
+            place = (index << (tile % 2 * 4)).to(tl.uint16)
+            indices = indices + (place.to(tl.float16, bitcast=True),)
+            byte = _entry(index, BYTES4, 16).to(tl.uint16)
+            found = found + (byte.to(tl.float16, bitcast=True),)
+        return indices + found
 
 
 @triton.jit
