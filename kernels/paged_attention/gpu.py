@@ -13,6 +13,7 @@ W pages of a sequence, R tokens in 16 bits, D head size, C coded channels.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ from stillhouse.kernels.paged_attention.pages import PageFormat, VectorFormat
 from stillhouse.kernels.paged_attention.triton_attend import attend_kernel
 from stillhouse.kernels.paged_attention.triton_merge import merge_kernel
 from stillhouse.kernels.paged_attention.triton_query import query_kernel
+from stillhouse.kernels.paged_attention.triton_unpack import column_shifts
 from stillhouse.kernels.turboquant import FittedCodec, Fp8Codec, MseCodec
 
 LOG2E = 1.4426950408889634
@@ -203,6 +205,11 @@ class GpuDecoder:
         )  # fmt: skip
         return coded, factor, offset
 
+    def shifts(self, device: torch.device) -> Tensor:
+        """`column_shifts` of keys and of values, uint16 [4, 32], kept."""
+        groups = (self.key.format.groups[0], self.value.format.groups[0])
+        return _shifts(tuple((group.channels, group.bits) for group in groups), device)
+
     def _attend(
         self,
         shape: AttendShape,
@@ -225,7 +232,8 @@ class GpuDecoder:
         table = sequences.table_BW
         page_strides = [stride for half in pages for stride in half.stride()[:2]]
         attend_kernel[(every * triton.cdiv(group, ROWS), heads, batch)](
-            query, *coded, *pages, *sequences, *raw_parts, sums, raw_sums, ml,
+            query, *coded, *pages, self.shifts(query.device), *sequences, *raw_parts,
+            sums, raw_sums, ml,
             self.scale, self.cap, *query.stride()[:2], *page_strides, table.stride(0),
             *raw_strides, min(half.shape[0] for half in pages),
             **attend_options(shape, splits, check=self.check, asm=ASM),
@@ -261,6 +269,12 @@ def floats(like: Tensor, *shape: int) -> Tensor:
 def head_stride(part: Tensor | None) -> int:
     """Elements from one head to the next; 0 where all share it."""
     return 0 if part is None or part.shape[0] == 1 else part.stride(0)
+
+
+@cache
+def _shifts(halves: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    rows = [row for channels, bits in halves for row in column_shifts(channels, bits)]
+    return torch.tensor(rows, dtype=torch.uint16, device=device)
 
 
 def _processors(device: torch.device) -> int:

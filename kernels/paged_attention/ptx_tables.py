@@ -1,4 +1,4 @@
-"""PTX that looks centroids up: byte permutations of tables in registers; `triton_unpack` inlines it.
+"""PTX that looks centroids up in registers, by byte permutations; `triton_unpack` inlines it.
 
 A permutation takes four nibbles as places in 8 bytes. Three bits find the two bytes of a float16,
 exact. Four bits are too many for it, but a product is linear: with i the index, a centroid is
@@ -30,7 +30,7 @@ class Split(NamedTuple):
         return self.slope * (len(self.bytes) - 1) / 2 + self.step * 63.5
 
 
-# The least root mean square error over the codebook's law of a search over slopes and steps: 4.8e-4.
+# Root mean square error over the codebook's law: 4.8e-4, the least of a search over slope and step.
 _ABOVE = (57, 44, 33, 25, 22, 28, 50, 111)  # bytes of the centroids above 0
 SPLIT4 = Split(0.3296478, 0.00548388, (*(127 - byte for byte in reversed(_ABOVE)), *_ABOVE))
 TABLE3 = tuple(

@@ -15,7 +15,11 @@ import triton.language as tl
 from stillhouse.kernels.paged_attention.ptx_tables import SPLIT4, UNIT
 from stillhouse.kernels.paged_attention.triton_merge import LOWEST
 from stillhouse.kernels.paged_attention.triton_query import coded_queries
-from stillhouse.kernels.paged_attention.triton_unpack import channel_of, unpack
+from stillhouse.kernels.paged_attention.triton_unpack import (
+    channel_of,
+    load_shifts,
+    unpack,
+)
 
 # Products of a weight and a scalar stay below 2^14; float16 ends at 2^16.
 HEADROOM = tl.constexpr(14.0)
@@ -73,8 +77,8 @@ def _split_queries(query, M: tl.constexpr, TILES: tl.constexpr):
 
 @triton.jit
 def attend_packed(
-    coded_ptr, factor_ptr, offset_ptr, keys_ptr, values_ptr, table_ptr, row, live_row, first,
-    lowest, highest, begin, end, cap, stride_kn, stride_vn, pages,
+    coded_ptr, factor_ptr, offset_ptr, keys_ptr, values_ptr, table_ptr, shifts_ptr, row, live_row,
+    first, lowest, highest, begin, end, cap, stride_kn, stride_vn, pages,
     C: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
     KEY_TILES: tl.constexpr, VALUE_TILES: tl.constexpr,
@@ -99,6 +103,8 @@ def attend_packed(
     sums = ()
     for _ in tl.static_range(VALUE_TILES):
         sums = sums + (tl.zeros((M, VALUE_COLUMNS), tl.float32),)
+    key_shifts = load_shifts(shifts_ptr, KEY_COLUMNS, KEY_BITS)
+    value_shifts = load_shifts(shifts_ptr + 64, VALUE_COLUMNS, VALUE_BITS)
     for at in tl.range(begin, end, BLOCK, num_stages=STAGES):
         token = at + tl.arange(0, BLOCK)
         live = (token >= lowest) & (token < end)
@@ -112,7 +118,17 @@ def attend_packed(
             tl.device_assert((page >= 0) & (page < pages), "a page out of range")
         key_rows = keys_ptr + page.to(tl.int64) * stride_kn
         keys = unpack(
-            key_rows, live, place, C, KEY_COLUMNS, KEY_BITS, PAGE, BLOCK > PAGE, ASM, TABLE
+            key_rows,
+            live,
+            place,
+            key_shifts,
+            C,
+            KEY_COLUMNS,
+            KEY_BITS,
+            PAGE,
+            BLOCK > PAGE,
+            ASM,
+            TABLE,
         )
         score = tl.zeros((M, BLOCK), tl.float32)
         if SPLIT:
@@ -148,7 +164,7 @@ def attend_packed(
         weight = weight.to(tl.float16)
         # Numbers in fp8 have no scalar that would be 0 where no token is: they are not read there.
         values = unpack(
-            value_rows, live, place, V, VALUE_COLUMNS, VALUE_BITS, PAGE,
+            value_rows, live, place, value_shifts, V, VALUE_COLUMNS, VALUE_BITS, PAGE,
             BLOCK > PAGE or VALUE_BITS == 8, ASM,
         )  # fmt: skip
         added = ()
@@ -219,6 +235,7 @@ def attend_kernel(
     offset_ptr,
     keys_ptr,
     values_ptr,
+    shifts_ptr,
     table_ptr,
     first_ptr,
     last_ptr,
@@ -297,7 +314,7 @@ def attend_kernel(
         m, total, sums = attend_packed(
             coded_ptr + head * (G * C), factor_ptr + head * G, offset_ptr + head * G,
             keys_ptr + h.to(tl.int64) * stride_kh, values_ptr + h.to(tl.int64) * stride_vh,
-            table_ptr + b.to(tl.int64) * stride_table, row, live_row,
+            table_ptr + b.to(tl.int64) * stride_table, shifts_ptr, row, live_row,
             first + tl.zeros((M,), tl.int32), first, first, begin,
             tl.minimum(begin + span, last), cap,
             stride_kn, stride_vn, pages, C, V, M, KEY_BITS, VALUE_BITS, KEY_TILES, VALUE_TILES,

@@ -29,6 +29,7 @@ def chunk_kernel(
     offset_ptr,
     keys_ptr,
     values_ptr,
+    shifts_ptr,
     table_ptr,
     first_ptr,
     last_ptr,
@@ -95,7 +96,7 @@ def chunk_kernel(
     m, total, sums = attend_packed(
         coded_ptr + head * rows * C, factor_ptr + head * rows, offset_ptr + head * rows,
         keys_ptr + h.to(tl.int64) * stride_kh, values_ptr + h.to(tl.int64) * stride_vh,
-        table_ptr + b.to(tl.int64) * stride_table, row, live_row, seen, lowest, highest,
+        table_ptr + b.to(tl.int64) * stride_table, shifts_ptr, row, live_row, seen, lowest, highest,
         lowest // BLOCK * BLOCK, last, cap, stride_kn, stride_vn, pages, C, V, M,
         KEY_BITS, VALUE_BITS, KEY_TILES, VALUE_TILES, KEY_COLUMNS, VALUE_COLUMNS, PAGE, BLOCK,
         STAGES, HAS_CAP, CHECK, ASM, False,

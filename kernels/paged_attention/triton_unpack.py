@@ -77,11 +77,33 @@ def channel_of(tile: tl.constexpr, column, C: tl.constexpr, BITS: tl.constexpr):
     return tl.where(column < E * FOLD, channel, C)
 
 
+def column_shifts(channels: int, bits: int) -> tuple[list[int], list[int]]:
+    """How far the bits of a tile's columns are shifted right, 32 each: of a row's bytes, and of the
+    plane of 1 bit. Kernels load them: Triton decodes where a product wants its factor only if all
+    that it is made from are loads and constants."""
+    each, columns = elements(channels, bits), range(32)
+    if bits not in (2, 3):
+        return [0] * 32, [0] * 32
+    half = [column // each * 4 % 8 for column in columns]  # in folded tiles
+    third = [h + column % each // (each // 2) for h, column in zip(half, columns, strict=True)]
+    return half, third if bits == 3 else [0] * 32
+
+
+@triton.jit
+def load_shifts(shifts_ptr, S: tl.constexpr, BITS: tl.constexpr):
+    """Both of `column_shifts`, uint16 [S]; outside of the loop."""
+    if BITS == 2 or BITS == 3:
+        return tl.load(shifts_ptr + tl.arange(0, S)), tl.load(shifts_ptr + 32 + tl.arange(0, S))
+    else:
+        return tl.zeros((S,), tl.uint16), tl.zeros((S,), tl.uint16)
+
+
 @triton.jit
 def unpack(
     rows,
     live,
     place,
+    shifts,
     C: tl.constexpr,
     S: tl.constexpr,
     BITS: tl.constexpr,
@@ -93,23 +115,22 @@ def unpack(
     """A tuple of float16 tiles [T, S] without scalars: centroids times √C, or fp8 numbers.
 
     rows: where each token's half page begins, a pointer to bytes or [T] of them. place: int32 [T],
-    in it. MASKED: tokens that are not live are not read. TABLE: 3 bits are looked up, exact, and 4
-    bits are two tuples, one behind the other: indices, times 16 in odd tiles, and bytes of
-    `SPLIT4`, both in units of 2^-24.
+    in it. shifts: of `load_shifts`. MASKED: tokens that are not live are not read. TABLE: 3 bits
+    are looked up, exact, and 4 bits are two tuples, one behind the other: indices, times 16 in odd
+    tiles, and bytes of `SPLIT4`, both in units of 2^-24.
     """
     E: tl.constexpr = C // 8 if BITS == 3 else C * BITS // 16
     FOLD: tl.constexpr = 2 if E == 8 else 1
     column = tl.arange(0, S)
     row = (rows + place * (2 * E)).to(tl.pointer_type(tl.uint16))
     packed = _elements(row, column % E, column < E * FOLD, live, E * FOLD == S, MASKED)
-    none = tl.zeros(packed.shape, tl.uint16)
-    half = none + (column // E * 4).to(tl.uint16)[None, :]  # of each byte, in folded tiles
+    half = tl.broadcast_to(shifts[0][None, :], packed.shape)
     if BITS == 3:
         HALF: tl.constexpr = E // 2
         row = (rows + PAGE * (2 * E) + place * E).to(tl.pointer_type(tl.uint16))
         high = _elements(row, column % HALF, column < E * FOLD, live, E * FOLD == S, MASKED)
-        shift = half + (column % E // HALF).to(tl.uint16)[None, :]
-        return _unpack3(packed, high, shift, half, FOLD, ASM, TABLE)
+        third = tl.broadcast_to(shifts[1][None, :], packed.shape)
+        return _unpack3(packed, high, third, half, FOLD, ASM, TABLE)
     elif BITS == 2:
         return _unpack2(packed, half, FOLD, ASM)
     elif BITS == 4:

@@ -1,4 +1,4 @@
-"""Runs the PTX that `ptx_pairs` writes: straight-line code on 32-bit registers, vectorised."""
+"""Runs the PTX that `ptx_writer` writes: straight-line code on 32-bit registers, vectorised."""
 
 import re
 from collections.abc import Sequence
@@ -38,12 +38,23 @@ def _apply(operation: str, values: Sequence[Words]) -> Words:
             return values[0]
         case "and.b32":
             return values[0] & values[1]
+        case "or.b32":
+            return values[0] | values[1]
+        case "xor.b32":
+            return values[0] ^ values[1]
         case "shl.b32":
             return values[0] << values[1]
         case "shr.u32":
             return values[0] >> values[1]
         case "lop3.b32" if values[3] == 0xEA:  # the table of (a & b) | c
             return (values[0] & values[1]) | values[2]
+        case "lop3.b32" if values[3] == 0xCA:  # a ? b : c
+            return (values[0] & values[1]) | (~values[0] & values[2])
+        case "shf.r.wrap.b32":
+            both = values[1].astype(np.uint64) << np.uint64(32) | values[0]
+            return (both >> (values[2] & 31).astype(np.uint64)).astype(np.uint32)
+        case "prmt.b32":
+            return _permuted(values[0], values[1], values[2])
         case "add.rn.f16x2" | "mul.rn.f16x2" | "fma.rn.f16x2":
             lanes = [lanes_of(value).astype(np.float64) for value in values]
             # float64 holds products and sums of float16 exactly: one rounding, as the hardware's.
@@ -55,6 +66,18 @@ def _apply(operation: str, values: Sequence[Words]) -> Words:
                 }[operation[:3]]()
                 return found.astype(np.float16).view(np.uint32)[..., 0]
     raise ValueError(f"expected an instruction that is known, found {operation} {values[3:]}")
+
+
+def _permuted(low: Words, high: Words, selector: Words) -> Words:
+    """Bytes of both words by the selector's four nibbles; 8 more takes the byte's sign alone."""
+    both = high.astype(np.uint64) << np.uint64(32) | low
+    found = np.zeros(np.broadcast_shapes(both.shape, selector.shape), dtype=np.uint32)
+    for at in range(4):
+        nibble = (selector >> (4 * at) & 15).astype(np.uint64)
+        byte = (both >> (np.uint64(8) * (nibble & np.uint64(7))) & np.uint64(255)).astype(np.uint32)
+        byte = np.where(nibble & np.uint64(8), (byte >> 7) * np.uint32(255), byte)
+        found |= byte.astype(np.uint32) << np.uint32(8 * at)
+    return found
 
 
 def lanes_of(words: Words) -> NDArray[np.float16]:
