@@ -38,7 +38,7 @@ def unpack_assembly(bits: int, fold: bool) -> Assembly:
         word = write.shifted(word, f"${outputs + 1}")
     found = [
         _centroid(write, write.field(byte, (2**bits - 1) << at, _ONE), at, bits)
-        for byte in write.bytes(word)
+        for byte in write.byte_words(word)
         for at in range(0, inner, bits)
     ]
     return write.assembly(found, 1 + fold)
@@ -47,7 +47,7 @@ def unpack_assembly(bits: int, fold: bool) -> Assembly:
 def unpack3_assembly(fold: bool) -> Assembly:
     """3 bits; inputs as `planes3` takes them."""
     write = Writer()
-    even, odd = (write.bytes(word) for word in planes3(write, fold))
+    even, odd = (write.byte_words(word) for word in planes3(write, fold))
     found = [
         _centroid(write, write.field(word[byte], 7 << at, _ONE), at, 3)
         for byte in range(2)
@@ -64,7 +64,7 @@ def fp8_assembly() -> Assembly:
     """
     write = Writer()
     found = []
-    for word in write.bytes("$2"):
+    for word in write.byte_words("$2"):
         sign = write.put("and.b32", write.put("shl.b32", word, "8"), "0x80008000")
         small = write.field(write.put("shl.b32", word, "7"), 0x3F80, sign)
         value = write.put("mul.rn.f16x2", small, write.constant(256.0))

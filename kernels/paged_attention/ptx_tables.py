@@ -55,10 +55,11 @@ def split4_assembly() -> Assembly:
         elements.append(write.put("or.b32", *parts))
     indices = [
         write.put("and.b32", byte, f"0x{15 << at:04x}{15 << at:04x}")
-        for byte in write.bytes(word)
+        for byte in write.byte_words(word)
         for at in (0, 4)
     ]
-    found = [write.chosen(*elements, (n, 8 + n, 4 + n, 12 + n)) for n in range(4)]
+    first, second = elements
+    found = [write.chosen(first, second, (n, 8 + n, 4 + n, 12 + n)) for n in range(4)]
     return write.assembly(indices + found, 1)
 
 

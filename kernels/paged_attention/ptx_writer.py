@@ -46,7 +46,7 @@ class Writer:
         """(word & mask in both lanes) | other."""
         return self.put("lop3.b32", word, f"0x{mask:04x}{mask:04x}", other, "0xea")
 
-    def bytes(self, word: str) -> list[str]:
+    def byte_words(self, word: str) -> list[str]:
         """Words whose lanes end in the first bytes, and in the second bytes, of both elements."""
         return [word, self.put("shr.u32", word, "8")]
 
