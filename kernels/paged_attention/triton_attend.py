@@ -37,9 +37,9 @@ def scalars(rows, live, place, C: tl.constexpr, BITS: tl.constexpr, PAGE: tl.con
 
 @triton.jit
 def _exponent(scalar):
-    """A whole number above log2 of a scalar that float16 holds, and at most 1 more."""
-    bits = scalar.to(tl.int32, bitcast=True)
-    return tl.maximum(((bits >> 23) & 0xFF) - 126, -24).to(tl.float32)
+    """A number above log2 of a scalar's size and at most 0.1 more; -24 for one below float16's."""
+    bits = scalar.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.maximum(bits.to(tl.float32) * 2.0**-23 - 126.91, -24.0)
 
 
 @triton.jit
