@@ -6,12 +6,12 @@ from stillhouse.kernels.paged_attention.gpu_configs import AttendShape, tiling
 from tools import sass
 from tools.sass_loops import Loop, loops
 
-# Integer operations a decoded value. A pair of centroids takes one logical operation, and one shift
-# for each two pairs (docs/kernels.md); a pair of e4m3 numbers, made float16 by moving their bits,
-# takes 4 and that shift: 2.25 a value before anything else.
+# Integer operations a decoded value. A pair of computed centroids takes one logical operation and
+# some shifts, one that is looked up about 2 a value (docs/kernels.md); a pair of e4m3 numbers, made
+# float16 by moving their bits, takes 4.5: 2.25 a value before anything else.
 _LIMITS = {2: 2.0, 3: 2.0, 4: 2.0, 8: 3.0}
 LIMITED_DIMS = (128, 256)  # others waste columns of their tiles, which are powers of two
-_GATHERED = 0.25  # more where a tile has several pages, and each row an address of its own
+_GATHERED = 0.3  # more where a tile has several pages, and each row an address of its own
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,22 +43,35 @@ def tiling(shape: AttendShape) -> Tiling:
 
     A rule that agrees with what compiling each choice shows (docs/kernels.md).
     """
-    channels = max(shape.key_channels, shape.value_channels)
-    bits = (shape.key_bits, shape.value_bits)
+    wide = padded(max(shape.key_channels, shape.value_channels))
     columns = min(
         tile_columns(shape.key_channels, shape.key_bits),
         tile_columns(shape.value_channels, shape.value_bits),
     )
-    # Each warp has the sums of 64 channels. With fewer than 16 columns of a tile, warps may decode
-    # each other's again.
-    warps = max(1, min(padded(channels) // 64, columns // 16, 4))
+    # Each warp has the sums of 64 channels. With fewer columns of a tile, warps may decode each
+    # other's again.
+    warps = max(1, min(wide // 64, columns // (8 if wide > 128 else 16), 4))
+    if shape.page < 32:  # a tile is of 32 tokens, each with an address of its own
+        warps = max(1, warps // 2)
+    block = min(64 * warps, 128) // (2 if _is_tight(shape, wide) else 1)
     extra = shape.raw or shape.capped
-    tight = channels % 32 or (extra and channels > 64 and bits != (4, 4))
-    block = 32 * warps if tight else 64 * warps
-    if 3 in bits and channels > 64:  # a second plane, and where its bits go
-        block = 32
-    registers = 255 if shape.page < 128 or (extra and channels > 128) else None
-    return Tiling(max(32, min(block, 128, shape.page)), warps, registers=registers)
+    registers = 255 if shape.page < 128 or wide > 128 or (extra and wide > 64) else None
+    return Tiling(max(32, min(block, shape.page)), warps, registers=registers)
+
+
+def _is_tight(shape: AttendShape, wide: int) -> bool:
+    """Whether half the tokens are as much as fits the registers."""
+    channels = max(shape.key_channels, shape.value_channels)
+    bits = (shape.key_bits, shape.value_bits)
+    extra = shape.raw + shape.capped + (shape.group > ROWS)
+    if channels % 32:
+        return True
+    if wide == 64:
+        return False
+    if bits == (4, 4):  # two sums of scores
+        return extra > 1 or shape.group > ROWS or 128 < channels < 256
+    crowded = 3 in bits or bits == (4, 2) if wide == 128 else shape.key_bits == 3
+    return bool(extra) or crowded
 
 
 def attend_options(shape: AttendShape, splits: int, *, check: bool, asm: bool) -> dict[str, Any]:

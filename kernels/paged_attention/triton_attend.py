@@ -318,7 +318,7 @@ def attend_kernel(
             first + tl.zeros((M,), tl.int32), first, first, begin,
             tl.minimum(begin + span, last), cap,
             stride_kn, stride_vn, pages, C, V, M, KEY_BITS, VALUE_BITS, KEY_TILES, VALUE_TILES,
-            KEY_COLUMNS, VALUE_COLUMNS, PAGE, BLOCK, STAGES, HAS_CAP, CHECK, ASM, True,
+            KEY_COLUMNS, VALUE_COLUMNS, PAGE, BLOCK, STAGES, HAS_CAP, CHECK, ASM, VALUE_BITS != 8,
         )  # fmt: skip
         sums_ptr += (head * SPLITS + n).to(tl.int64) * (G * V)
         store_sums(sums_ptr, sums, row, live_row, V, VALUE_BITS, VALUE_TILES, VALUE_COLUMNS)

@@ -97,7 +97,7 @@ def test_integer_operations_are_limited(dim, bits, limit):
 
 
 def test_rows_of_several_pages_may_cost_more_integer_operations():
-    assert integer_limit(replace(shape(128, 4, 4), page=16)) == 2.25
+    assert integer_limit(replace(shape(128, 4, 4), page=16)) == 2.3
     assert integer_limit(replace(shape(128, 4, 4), page=32)) == 2.0
 
 
