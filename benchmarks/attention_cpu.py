@@ -1,22 +1,21 @@
 """Decode attention on a CPU: straight from packed pages, and torch over 16 and 32-bit tensors.
 
-    python benchmarks/attention_cpu.py --json OUT [--quick] [--threads N] [--contexts N …]
+    python -m benchmarks.attention_cpu --json OUT [--quick] [--threads N] [--contexts N …]
 
 One query token a sequence, or (`chunk …`) 128 tokens that continue it, causal; shapes are those of
 SmolLM2-135M and of Llama-3.1-8B. Peers in the same run: `scaled_dot_product_attention` on bfloat16
 and on float32 keys and values, with grouped heads.
 A row: the best of several calls over caches that take turns, so that none stays in a processor's
-cache; bytes of the cache; bytes a second; two bounds measured in the same run: the time in which
-these threads read that many bytes, and the time of the vector instructions alone at the rate these
-threads multiply and add in registers (see `vector_instructions`); which of both is the higher, so
-that it holds, and how often it goes into the time.
+cache; bytes of the cache; bytes a second; two bounds measured in the same run (cpu_bound.py): the
+time in which these threads read that many bytes, and the time in which they do the instructions
+that decoding and multiplying takes at least, in registers alone (of a chunk: multiply-adds); which
+of both is the higher, so that it holds, and how often it goes into the time.
 """
 
 import argparse
 import json
 import os
 import platform
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -25,28 +24,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llvmlite import ir
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.cpu_bound import ENOUGH, Mix, best, mix_rate, read_rate
 from stillhouse.kernels.paged_attention import (
     FP8,
     HalfPage,
     PageFormat,
     VectorFormat,
     cpu,
-    cpu_compile,
-    cpu_lanes,
 )
 from stillhouse.kernels.paged_attention.cpu_chunk import ChunkSpan, ChunkTokens, chunk_decoder
-from stillhouse.kernels.paged_attention.cpu_threads import run_together
 
 SHAPES = {"smollm2-135m": (3, 3, 64), "llama-8b": (8, 4, 128)}  # heads, queries of each, head size
 CONTEXTS, QUICK = (1024, 4096, 16384, 65536), (1024, 4096)
 FORMATS = {"k4v4": (4, 4), "k3v3": (3, 3), "k2v2": (2, 2), "fp8": (FP8, FP8)}
 PEERS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-ENOUGH = 256 << 20  # bytes that no cache of a processor holds
-SECONDS, CALLS = 0.7, 5
+LANES = 16
 CHUNK = 128  # tokens of a continued prompt
 
 
@@ -77,7 +72,7 @@ def main() -> None:
         "processor": processor(),
         "threads": asked.threads,
         "read_bytes_per_second": read_rate(),
-        "vector_operations_per_second": operation_rate(asked.threads),
+        "products_per_second": LANES * mix_rate(Mix(1, 0, 0), asked.threads),
     }
     print(json.dumps(machine))
     rows: list[Row] = []
@@ -109,70 +104,6 @@ def processor() -> str:
     return found[0].split(":", 1)[1].strip() if found else platform.machine()
 
 
-def best(calls: Sequence[Callable[[], Any]]) -> float:
-    """Seconds of the fastest of calls that take turns."""
-    for call in calls:
-        call()
-    times: list[float] = []
-    began = time.perf_counter()
-    while len(times) < CALLS * len(calls) or time.perf_counter() - began < SECONDS:
-        at = time.perf_counter()
-        calls[len(times) % len(calls)]()
-        times.append(time.perf_counter() - at)
-    return min(times)
-
-
-def read_rate() -> float:
-    """Bytes a second that the threads read."""
-    numbers = torch.ones(ENOUGH // 4)
-    return ENOUGH / best([numbers.sum])
-
-
-def operation_rate(threads: int) -> float:
-    """Fused multiply-adds of 16 lanes a second on all threads, in registers alone.
-
-    Two a cycle on processors with AVX-512: permutations, shifts and selections share their ports.
-    """
-    count, sums = 1 << 18, 20
-    module = ir.Module("rate")
-    pointer = cpu_lanes.I64.as_pointer()
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [pointer]), "run")
-    writer = cpu_lanes.LaneWriter(function)
-    parts = [writer.variable(cpu_lanes.VF) for _ in range(sums)]
-    factor = writer.load_floats(writer.b.bitcast(function.args[0], cpu_lanes.F32.as_pointer()), 0)
-    for part in parts:
-        writer.b.store(factor, part)
-    with writer.loop(cpu_lanes.I64(0), cpu_lanes.I64(count), 1):
-        for part in parts:
-            writer.b.store(writer.fma(factor, factor, writer.b.load(part)), part)
-    # Written somewhere, so that no sum is left out.
-    total = writer.added([writer.b.load(part) for part in parts])
-    room = writer.b.bitcast(function.args[0], cpu_lanes.F32.as_pointer())
-    writer.store(total, room, cpu_lanes.LANES)
-    writer.b.ret_void()
-    code = cpu_compile.compiled_text(str(module))
-    numbers = torch.full((2 * cpu_lanes.LANES,), 0.5)
-    job = numbers.data_ptr()
-    return threads * count * sums / best([lambda: run_together(code, job, threads, numbers)])
-
-
-def vector_instructions(bits: int, group: int, dim: int) -> float:
-    """For 16 values of a key or a value, what the ports for vectors do at least, on AVX-512.
-
-    `group` multiply-adds and the permutation that reads the table. Keys: a shift for all but one
-    index of a dword, and 5 instructions to transpose each dword of 16 tokens. Values: a plane's
-    bytes are widened once for all its indices, and shifted for all but the first. 3 and 5 bits are
-    two planes: a merge, one for four keys. Beside these, for each query and token, 33 / 16 for the
-    greatest score and the exponential (counted in the loop's assembly).
-    """
-    low, planes = bits - (bits in (3, 5)), 1 + (bits in (3, 5))
-    merging = (2 + 1) / 4 if planes == 2 else 0.0
-    key = 5 * bits / 32 + merging + 1 - (1 / 4 if planes == 2 else bits / 32)
-    value = low / 8 + 1 - low / 8 + (planes - 1) * 2
-    softmax = 33 * group / (2 * dim)
-    return group + 1 + (key + value) / 2 + softmax
-
-
 def measured(shape: str, context: int, machine: dict[str, Any], threads: int) -> list[Row]:
     """The peers and every format."""
     heads, group, dim = SHAPES[shape]
@@ -189,8 +120,8 @@ def measured(shape: str, context: int, machine: dict[str, Any], threads: int) ->
         calls = [packed_call(query, pages, context, threads) for _ in copies(size)]
         bound = None
         if key != FP8:
-            count = context * heads * 2 * dim / 16 * vector_instructions(key, group, dim)
-            bound = count / machine["vector_operations_per_second"]
+            values = 2 * context * heads * dim
+            bound = values / LANES / mix_rate(Mix.of(key, group, dim), threads)
         rows.append(row(shape, context, name, best(calls), size, bound, machine))
     return compared(rows)
 
@@ -208,8 +139,8 @@ def chunks(shape: str, context: int, machine: dict[str, Any], threads: int) -> l
     """A chunk after so much context: the peers with a mask, and 4 bits; multiply-adds bound it."""
     heads, group, dim = SHAPES[shape]
     whole = context + CHUNK
-    count = CHUNK * group * heads * (context + CHUNK / 2) * 2 * dim / 16
-    bound = count / machine["vector_operations_per_second"]
+    products = CHUNK * group * heads * (context + CHUNK / 2) * 2 * dim
+    bound = products / machine["products_per_second"]
     mask = torch.ones(CHUNK, whole, dtype=torch.bool).tril(context)
     rows = []
     for name, kind in PEERS.items():

@@ -86,9 +86,14 @@ def compiled_text(text: str) -> Compiled:
 
 def assembly(spec: Spec) -> str:
     """What a person reads."""
+    return assembly_of(_text(spec))
+
+
+def assembly_of(text: str) -> str:
+    """Of a module of LLVM code."""
     machine = processor().machine()
-    text: str = machine.emit_assembly(_optimised(_text(spec), machine))
-    return text
+    found: str = machine.emit_assembly(_optimised(text, machine))
+    return found
 
 
 def _ready(code: bytes) -> Compiled:
