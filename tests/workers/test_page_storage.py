@@ -134,6 +134,20 @@ def test_a_step_of_a_sliding_layer_moves_nothing() -> None:
     assert pages[0].length == 40
 
 
+@pytest.mark.parametrize("more", [1, 40])
+def test_a_ring_that_has_turned_is_moved_whole(more: int) -> None:
+    pages, records = empty(PAGES, FP8, 2), empty(CacheStorage("records"), FP8, 2)
+    for seed, tokens in enumerate((3 * PAGE, 20, 20, more, 60)):
+        states = vectors(2, tokens, seed)
+        pages, records = appended(pages, states), appended(records, states)
+        assert_same(pages, records)
+        if tokens == 20:  # the first pages are free, and written again
+            part = slice(PAGE + 2, None)
+            pages = (pages[0].cut(part), pages[1].cut(part))
+            records = (records[0].cut(part), records[1].cut(part))
+    assert_same(pages, records)
+
+
 def test_growth_is_by_a_quarter() -> None:
     pages, sizes = appended(empty(PAGES, FP8, 1), vectors(1, 20 * PAGE)), []
     for _ in range(12):

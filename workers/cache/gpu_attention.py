@@ -1,6 +1,6 @@
 """Attention of a generated token over a cache in pages, on a GPU.
 
-The host waits for the device only where a batch is padded: whose pads the mask hides.
+The host waits for the device only where there is a mask, as of a padded batch or a full window.
 
 Shape suffixes: B sequences, H key/value heads, G query heads of each, S sinks, R sinks and recent
 tokens, D head size.
