@@ -170,13 +170,8 @@ class Rows:
         return _Parts(sinks, new[:, :, self.overlap : stop] if old else None, recent, overlap)
 
     def _with(self, parts: _Parts, packed: PackedStorage) -> "Rows":
-        return replace(
-            self,
-            sinks=parts.sinks,
-            packed=packed,
-            recent_BHTD=parts.recent,
-            overlap=parts.overlap,
-        )
+        # Not `replace`, which takes longer: a generated token comes by here twice a layer.
+        return Rows(self.recent_limit, self.start, parts.sinks, packed, parts.recent, parts.overlap)
 
     def decode(self, first: int, end: int, dtype: torch.dtype, read_at: int) -> Tensor:
         """The slots from `first` to `end`, where the stored ones end, [B, H, T, D].
