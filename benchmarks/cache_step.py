@@ -1,75 +1,27 @@
 """One row of cache_cpu.py: a process of its own, so that the peak of its memory is its own.
 
-    python benchmarks/cache_step.py plan|measure --text FILE --model REF --plans FOLDER
-        --context N --steps N --sinks N --formats NAME …
+    python -m benchmarks.cache_step plan|measure --text FILE --model REF --plans FOLDER
+        --context N --steps N --sinks N --formats NAME … [--device cuda]
 
-`plan` fits a cache for each fitted format; `measure` prints its row as JSON.
+`plan` fits a cache for each fitted format; `measure` prints its row as JSON. On CUDA the model is
+in bfloat16, memory is what torch's allocator counts, and a cache's own seconds are those of as many
+steps more, because a clock inside of a step has to wait for the device.
 """
 
 import argparse
-import ctypes
 import json
 import os
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PEERS = ("float32", "float16")
+from benchmarks.cache_clocks import Clock, Clocks, Cuda, Host, Wait
+
+PEERS = ("float32", "float16", "bfloat16")
 PACKED = "-packed"  # generated tokens read the packed vectors
 CHUNK = 128
 CALIBRATION = 4096  # tokens; what is stored and how long that takes do not depend on the fit
-
-
-@dataclass
-class Clock:
-    """Seconds spent inside the functions it wraps, step by step."""
-
-    now: float = 0.0
-    steps: list[float] = field(default_factory=list)
-
-    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, timed."""
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.now += time.perf_counter() - began
-
-        return timed
-
-    def step(self) -> None:
-        """One generated token more."""
-        self.steps.append(self.now)
-        self.now = 0.0
-
-    @property
-    def median(self) -> float:
-        """Seconds a step."""
-        return statistics.median(self.steps)
-
-
-@dataclass
-class Clocks:
-    """Of the cache as a whole, and of its codecs."""
-
-    cache: Clock = field(default_factory=Clock)
-    encode: Clock = field(default_factory=Clock)
-    decode: Clock = field(default_factory=Clock)
-
-    def step(self) -> None:
-        """One generated token more."""
-        for clock in (self.cache, self.encode, self.decode):
-            clock.step()
-
-    def clear(self) -> None:
-        """Forget what was counted."""
-        for clock in (self.cache, self.encode, self.decode):
-            clock.now = 0.0
 
 
 def main() -> None:
@@ -83,6 +35,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--sinks", type=int, required=True)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     asked = parser.parse_args()
     if asked.task == "plan":
@@ -92,8 +45,8 @@ def main() -> None:
     print(json.dumps(measure(asked, form, asked.context)))
 
 
-def loaded(asked: argparse.Namespace) -> Any:
-    """The model, on that many threads."""
+def loaded(asked: argparse.Namespace, dtype: str) -> Any:
+    """The model on its device, on that many threads."""
     import torch
 
     from stillhouse.workers.models.language_model import load
@@ -101,16 +54,17 @@ def loaded(asked: argparse.Namespace) -> Any:
     from stillhouse.workers.protocols import ModelSpec
 
     torch.set_num_threads(asked.threads)
-    return load(ModelStore(), ModelSpec(asked.model))
+    return load(ModelStore(), ModelSpec(asked.model), asked.device, dtype)
 
 
 def calibrated(asked: argparse.Namespace) -> None:
-    """A plan for each fitted format, in the folder of plans."""
+    """A plan for each fitted format, in the folder of plans; for a GPU, one that it reads."""
     from stillhouse.workers.calibrator import calibrate, calibration_rows
 
-    lm = loaded(asked)
+    lm = loaded(asked, "float32")
     rows = calibration_rows(lm, [asked.text.read_text()], CALIBRATION)
-    found = calibrate(lm, rows, sinks=asked.sinks, recent=0, context=asked.context)
+    groups: Any = 1 if asked.device == "cuda" else 3
+    found = calibrate(lm, rows, sinks=asked.sinks, recent=0, context=asked.context, groups=groups)
     for form in {form.removesuffix(PACKED) for form in asked.formats}:
         if form.startswith("fitted"):
             found.plan_of_bits(int(form[-1])).save(asked.plans / form)
@@ -120,29 +74,30 @@ def measure(asked: argparse.Namespace, form: str, context: int) -> dict[str, Any
     """Read the text into a cache, then generate; see the module's text."""
     import torch
 
-    lm = loaded(asked)
-    ids = lm.encode_prompt(asked.text.read_text()[: 8 * (context + asked.steps) + 1000])
-    if len(ids) < context + asked.steps or lm.context < context + asked.steps:
+    device = Cuda() if asked.device == "cuda" else Host()
+    lm = loaded(asked, "bfloat16" if device.cuda else "float32")
+    ids = lm.encode_prompt(asked.text.read_text()[: 8 * (context + 2 * asked.steps) + 1000])
+    needed = context + asked.steps * (1 + device.cuda)
+    if len(ids) < needed or lm.context < needed:
         found = min(len(ids), lm.context)
-        raise SystemExit(f"expected a text and a context of {context + asked.steps}, found {found}")
-    tokens = torch.tensor([ids[: context + asked.steps]])
-    clocks, times = Clocks(), []
+        raise SystemExit(f"expected a text and a context of {needed}, found {found}")
+    tokens = torch.tensor([ids[:needed]], device=asked.device)
+    clocks = Clocks()
     scheme = scheme_of(lm, asked, form)
     if scheme is not None:
         scheme = timed_scheme(scheme, clocks)
     with torch.inference_mode():
         prefill(lm, tokens[:, : CHUNK + 1], empty_cache(lm, form, scheme, Clock()))
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before = resident("VmRSS")
+        device.watch()
         cache = empty_cache(lm, form, scheme, clocks.cache)
         prefill(lm, tokens[:, :context], cache)
-        clocks.clear()
-        for at in range(context, context + asked.steps):
-            began = time.perf_counter()
-            lm.model(tokens[:, at : at + 1], past_key_values=cache)
-            times.append(time.perf_counter() - began)
-            clocks.step()
+        if device.cuda:
+            times = steps(lm, tokens[:, context : context + asked.steps], cache, device.wait)
+            clocks.start(device.wait)
+            steps(lm, tokens[:, context + asked.steps :], cache, device.wait, clocks)
+        else:
+            clocks.start(device.wait)
+            times = steps(lm, tokens[:, context:], cache, device.wait, clocks)
     stored, tables = allocated(cache)
     return {
         "format": form,
@@ -153,8 +108,24 @@ def measure(asked: argparse.Namespace, form: str, context: int) -> dict[str, Any
         "decode_seconds": clocks.decode.median,
         "cache_bytes": stored,
         "table_bytes": tables,
-        "peak_bytes": resident("VmHWM") - before,
+        "peak_bytes": device.grown(),
     }
+
+
+def steps(
+    lm: Any, tokens: Any, cache: Any, wait: Wait, clocks: Clocks | None = None
+) -> list[float]:
+    """Seconds of each generated token."""
+    times = []
+    for at in range(tokens.shape[1]):
+        wait()
+        began = time.perf_counter()
+        lm.model(tokens[:, at : at + 1], past_key_values=cache)
+        wait()
+        times.append(time.perf_counter() - began)
+        if clocks is not None:
+            clocks.step()
+    return times
 
 
 def prefill(lm: Any, tokens: Any, cache: Any) -> None:
@@ -195,7 +166,7 @@ def empty_cache(lm: Any, form: str, scheme: Any, clock: Clock) -> Any:
         packed = form.endswith(PACKED)
         cache: Any = TurboQuantCache(config, scheme, attend_packed=packed)
     else:
-        cache = DynamicCache(config=config) if form == "float32" else half_cache(config)
+        cache = half_cache(config) if form == "float16" else DynamicCache(config=config)
     cache.update = clock.around(cache.update)
     return cache
 
@@ -237,14 +208,6 @@ def allocated(cache: Any) -> tuple[int, int]:
         return cache.nbytes - cache.table_nbytes, cache.table_nbytes
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     return sum(tensor.nbytes for tensor in tensors), 0
-
-
-def resident(name: str) -> int:
-    """Bytes: VmRSS now, or VmHWM, the highest since the last reset."""
-    for row in Path("/proc/self/status").read_text().splitlines():
-        if row.startswith(f"{name}:"):
-            return int(row.split()[1]) * 1024
-    raise SystemExit(f"expected {name} in /proc/self/status: this benchmark needs Linux")
 
 
 if __name__ == "__main__":

@@ -112,14 +112,16 @@ class CompressConfig(Config):
 
     The fitted cache shares the bytes of `key_bits` and `value_bits` out anew, over layers, keys,
     values and channels, as they are in sequences of `context` tokens; with `budget_kl` it takes
-    the fewest bits that keep to that. Without
-    `calibrate`, without a corpus, and at 8 bits every layer has the paper's Algorithm 1 with these
-    bits and scalars.
+    the fewest bits that keep to that. With 1 of `channel_groups` a head's coded channels have the
+    same 2, 3 or 4 bits, which costs quality and is what the kernels of a GPU read (head sizes 64,
+    80, … 256). Without `calibrate`, without a corpus, and at 8 bits every layer has the paper's
+    Algorithm 1 with these bits and scalars.
     """
 
     calibrate: bool = True
     calibration_tokens: int = Field(8192, ge=64)  # of the corpus' training part, and spans again
     context: int | None = Field(None, ge=1)  # None: as long as the corpus' texts
+    channel_groups: Literal[1, 3] = 3  # at most; 1: what the kernels of a GPU read
     key_bits: Literal[1, 2, 3, 4, 5, 8] = 4
     value_bits: Literal[1, 2, 3, 4, 5, 8] = 4
     key_scalar: Literal["norm", "corrected", "unbiased", "least_squares"] = "unbiased"

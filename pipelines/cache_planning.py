@@ -9,7 +9,7 @@ from typing import Any
 
 from stillhouse.configs.recipe import RecipeConfig
 from stillhouse.errors import ConfigError
-from stillhouse.pipelines.stages.compress import MOST_FITTED_BITS
+from stillhouse.pipelines.stages.compress import MOST_FITTED_BITS, MOST_SINGLE_BITS
 from stillhouse.workers.models.cache_shape import CacheShape, read_cache_shape
 from stillhouse.workers.models.cache_size import (
     CacheSize,
@@ -113,8 +113,9 @@ def recipe_format(recipe: RecipeConfig) -> str:
     config = recipe.compress
     if not config.calibrate or max(config.key_bits, config.value_bits) > MOST_FITTED_BITS:
         return f"k{config.key_bits}v{config.value_bits}"
+    most = MOST_SINGLE_BITS if config.channel_groups == 1 else MOST_FITTED_BITS
     bits = (config.key_bits + config.value_bits) / 2
-    return f"fitted:{bits if config.budget_kl is None else MOST_FITTED_BITS:g}"
+    return f"fitted:{min(bits, most) if config.budget_kl is None else most:g}"
 
 
 def plan_target_cache(recipe: RecipeConfig) -> CachePlan:

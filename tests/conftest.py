@@ -18,9 +18,12 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    # triton decides when it is imported; only a run of the tests for a GPU compiles its kernels.
-    if config.getoption("markexpr") != "gpu":
+def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
+    # triton decides when it is imported; only a run of the tests for a GPU compiles its kernels. No
+    # other hook comes before the folders' own conftest.py, which may import it.
+    config = pluginmanager.get_plugin("pytestconfig")
+    assert isinstance(config, pytest.Config)
+    if config.known_args_namespace.markexpr != "gpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 

@@ -13,6 +13,7 @@ from stillhouse.errors import ModelError
 from stillhouse.kernels.turboquant import (
     BalancedBasis,
     GroupChoice,
+    GroupCount,
     balance,
     fit_heads,
     group_curve,
@@ -28,6 +29,7 @@ from stillhouse.workers.recall import recalling
 from stillhouse.workers.token_windows import windows
 
 RECALL = 0.5  # docs/decisions/0012-recall.md
+_ROUNDING = 1e-9  # of sums of bits
 _LENGTHS = 256  # texts whose length is taken
 ROW = 2048  # tokens of a row at most: its backward pass has to fit into memory
 _BITS = tuple(quarters / 4 for quarters in range(4, 21))  # what a quality budget chooses from
@@ -42,11 +44,14 @@ class _Fitting:
     part: Part
 
     @classmethod
-    def of(cls, moments: VectorMoments, stored: float) -> "_Fitting":
+    def of(cls, moments: VectorMoments, stored: float, groups: GroupCount) -> "_Fitting":
         # ½: what an error costs in nats.
         basis = balance(moments.covariance(), moments.fisher() / 2)
-        part = Part(basis.spread_HD.shape[0], group_curve(basis.spread_HD), stored)
-        return cls(moments, basis, part)
+        try:
+            curve = group_curve(basis.spread_HD, groups)
+        except ValueError as error:
+            raise ModelError(f"compress.channel_groups: {error}; allow 3 groups") from error
+        return cls(moments, basis, Part(basis.spread_HD.shape[0], curve, stored))
 
     @property
     def channels(self) -> float:
@@ -58,7 +63,7 @@ class Calibration:
     """Moments of a corpus, from which plans of any budget follow without another pass.
 
     stored: of each layer, the share of a sequence's tokens that it packs. tokens: how many were
-    read, those that stay in 16 bits and those that came again included.
+    read, those that stay in 16 bits and those that came again included. groups: as `group_curve`.
     """
 
     def __init__(
@@ -69,10 +74,11 @@ class Calibration:
         sinks: int,
         recent: int,
         seed: int,
+        groups: GroupCount = 3,
     ) -> None:
         self.tokens, self._sinks, self._recent, self._seed = tokens, sinks, recent, seed
         self._fittings = [
-            _Fitting.of(moments, share)
+            _Fitting.of(moments, share, groups)
             for layer, share in zip(layers, stored, strict=True)
             for moments in (layer.key, layer.value)
         ]
@@ -82,13 +88,28 @@ class Calibration:
         """Coordinates of keys and values kept for a token, on average over the sequence."""
         return sum(fitting.channels for fitting in self._fittings)
 
+    @property
+    def least_bits(self) -> float:
+        """Of a kept coordinate on average: no plan has fewer."""
+        return self._least / self.channels
+
+    @property
+    def _least(self) -> float:
+        return sum(fitting.part.bits(0) for fitting in self._fittings)
+
     def plan_of_bits(self, bits: float) -> CachePlan:
         """The plan of least expected KL with at most `bits` a kept coordinate on average.
 
         These are the bytes of a cache with `bits` a coordinate in every layer and equal windows.
+        ModelError for fewer than `least_bits`.
         """
+        if bits < self.least_bits - _ROUNDING:
+            raise ModelError(
+                f"compress: expected {self.least_bits:g} bits a coordinate or more, as few as this "
+                f"model's cache may have in these channel groups, found {bits:g}"
+            )
         parts = [fitting.part for fitting in self._fittings]
-        return self._plan(allocate(parts, bits * self.channels))
+        return self._plan(allocate(parts, max(bits * self.channels, self._least)))
 
     def _plan(self, choices: Sequence[GroupChoice]) -> CachePlan:
         fits = [
@@ -117,11 +138,13 @@ def calibrate(
     recent: int,
     context: int,
     seed: int = 0,
+    groups: GroupCount = 3,
 ) -> Calibration:
     """One pass, forward and backward, over token rows and spans of them (see `recalling`).
 
     context: tokens of the sequences that the cache is for, by which a sliding layer's bytes count
-    less. Raises as `stream_moments`.
+    less. groups: as `group_curve`. Raises as `stream_moments`, and ModelError for a head size that
+    these groups cannot have.
     """
     read = 0
 
@@ -136,7 +159,7 @@ def calibrate(
         packed_tokens(context, window, sinks, recent) / context
         for window in layer_windows(core(lm).config)
     ]
-    return Calibration(moments, stored, read, sinks, recent, seed)
+    return Calibration(moments, stored, read, sinks, recent, seed, groups)
 
 
 def packed_tokens(context: int, window: int | None, sinks: int, recent: int) -> int:
@@ -169,6 +192,7 @@ def write_plan(lm: LanguageModel, job: CalibrateJob, notify: Callable[[str], Non
         recent=config.recent,
         context=config.context or _usual_length(lm, job.texts),
         seed=config.seed,
+        groups=config.channel_groups,
     )
     if config.budget_kl is None:
         plan = calibration.plan_of_bits((config.key_bits + config.value_bits) / 2)
@@ -210,21 +234,23 @@ def plan_of_measured_kl(
     Found by bisection over quarters of a bit, as if KL fell with every one of them. ModelError when
     the most bits are not enough: then no fitted cache is good enough for this model.
     """
-    low, high = 0, len(_BITS) - 1
+    choices = [bits for bits in _BITS if bits >= calibration.least_bits - _ROUNDING]
+    low, high = 0, len(choices) - 1
     best: CachePlan | None = None
     found = math.nan
     while low <= high:
         middle = (low + high) // 2 if best else high
-        plan = calibration.plan_of_bits(_BITS[middle])
+        plan = calibration.plan_of_bits(choices[middle])
         found = measured_kl(lm, texts, plan)
-        notify(f"{_BITS[middle]:g} bits: next-token KL {found:.4f} nats, allowed {budget:g}")
+        notify(f"{choices[middle]:g} bits: next-token KL {found:.4f} nats, allowed {budget:g}")
         if found <= budget:
             best = replace(plan, facts={**plan.facts, "budget_kl": budget, "measured_kl": found})
             high = middle - 1
         elif best is None:
             raise ModelError(
                 f"compress.budget_kl: expected a cache that costs at most {budget:g} nats a token, "
-                f"found {found:.4f} at {_BITS[-1]:g} bits; allow more, or keep the cache in 16 bits"
+                f"found {found:.4f} at {choices[-1]:g} bits; allow more, or keep the cache in 16 "
+                "bits"
             )
         else:
             low = middle + 1

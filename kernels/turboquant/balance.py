@@ -13,6 +13,7 @@ Shape suffixes: H heads, D head size.
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +21,9 @@ from torch import Tensor
 from stillhouse.kernels.turboquant.codebook import distortion
 
 GROUP_BITS = (0, 1, 2, 3, 4, 5)
+GroupCount = Literal[1, 3]
 _MOST_GROUPS = 3
+_SINGLE_BITS, _SINGLE_CHANNELS = (2, 3, 4), range(64, 257, 16)  # what the kernels of a GPU read
 _CUTS = 16  # a head is cut at multiples of about D/16: more places gain under 1 % and cost time
 _TINY = 1e-30
 
@@ -88,21 +91,25 @@ class GroupChoice:
     groups: tuple[ChannelGroup, ...]
 
 
-def group_curve(spread_HD: Tensor) -> tuple[GroupChoice, ...]:
+def group_curve(spread_HD: Tensor, groups: GroupCount = 3) -> tuple[GroupChoice, ...]:
     """The cheapest groups by bits: the corners of the convex curve, bits rising and cost falling.
 
     Between two corners a mixture of heads or layers does better than any choice above the line.
-    The first has one coded group at least.
+    The first has one coded group at least. groups: most of them; 1 is one coded group that the
+    kernels of a GPU read (64, 80, … channels of 2 to 4 bits), and what is left out.
+
+    ValueError when D is not a multiple of 8, or for one group not of 64, 80, … 256.
     """
     sums = _running_sums(spread_HD)
     best: dict[int, GroupChoice] = {}
-    for groups in _cuts(spread_HD.shape[-1]):
-        bits = sum(group.channels * group.bits for group in groups)
+    dim = spread_HD.shape[-1]
+    for cut in _single_cuts(dim) if groups == 1 else _cuts(dim):
+        bits = sum(group.channels * group.bits for group in cut)
         if not bits:
             continue
-        cost = _cost(sums, groups)
+        cost = _cost(sums, cut)
         if bits not in best or cost < best[bits].cost:
-            best[bits] = GroupChoice(bits, cost, groups)
+            best[bits] = GroupChoice(bits, cost, cut)
     corners: list[GroupChoice] = []
     for choice in sorted(best.values(), key=lambda choice: choice.bits):
         while len(corners) > 1 and _gain(corners[-2], corners[-1]) <= _gain(corners[-1], choice):
@@ -146,6 +153,17 @@ def _cuts(dim: int) -> Iterator[tuple[ChannelGroup, ...]]:
             widths = [b - a for a, b in itertools.pairwise((0, *inner, dim))]
             for falling in itertools.combinations(sorted(GROUP_BITS, reverse=True), count):
                 yield tuple(map(ChannelGroup, widths, falling))
+
+
+def _single_cuts(dim: int) -> Iterator[tuple[ChannelGroup, ...]]:
+    if dim not in _SINGLE_CHANNELS:
+        raise ValueError(
+            f"expected a head size of 64, 80, … 256 for one channel group, found {dim}"
+        )
+    for channels, bits in itertools.product(_SINGLE_CHANNELS, _SINGLE_BITS):
+        if channels <= dim:
+            groups = (ChannelGroup(channels, bits), ChannelGroup(dim - channels, 0))
+            yield groups if channels < dim else groups[:1]
 
 
 def _running_sums(spread_HD: Tensor) -> list[list[float]]:

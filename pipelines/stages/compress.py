@@ -25,7 +25,7 @@ from stillhouse.workers.protocols import (
 )
 
 ARM = "student_compressed"
-MOST_FITTED_BITS = 5
+MOST_FITTED_BITS, MOST_SINGLE_BITS = 5, 4  # of a channel; in one channel group
 FIGURE_NAMES = (
     "kl_mean",
     "kl_max",

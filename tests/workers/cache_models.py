@@ -32,24 +32,25 @@ SIZES: dict[str, Any] = {
 }
 
 
-def llama():
+def llama(head_dim=HEAD_DIM):
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, initializer_range=0.2, **SIZES)).eval()
+    sizes = SIZES | {"head_dim": head_dim}
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, initializer_range=0.2, **sizes)).eval()
 
 
-def gemma(window=WINDOW):
+def gemma(window=WINDOW, head_dim=HEAD_DIM):
     torch.manual_seed(0)
     config = Gemma3TextConfig(
         num_hidden_layers=3,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         sliding_window=window,
         initializer_range=0.2,
-        **SIZES,
+        **SIZES | {"head_dim": head_dim},
     )
     return Gemma3ForCausalLM(config).eval()
 
 
-def gemma2(window=WINDOW):
+def gemma2(window=WINDOW, head_dim=HEAD_DIM):
     """With capped attention scores."""
     torch.manual_seed(0)
     config = Gemma2Config(
@@ -57,9 +58,9 @@ def gemma2(window=WINDOW):
         layer_types=["sliding_attention", "full_attention"],
         sliding_window=window,
         attn_logit_softcapping=2.0,
-        query_pre_attn_scalar=HEAD_DIM,
+        query_pre_attn_scalar=head_dim,
         initializer_range=0.2,
-        **SIZES,
+        **SIZES | {"head_dim": head_dim},
     )
     return Gemma2ForCausalLM(config).eval()
 

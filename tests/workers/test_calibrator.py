@@ -11,8 +11,11 @@ import torch
 
 from stillhouse.configs.stages import CompressConfig
 from stillhouse.errors import ModelError
+from stillhouse.kernels.paged_attention.gpu_refusals import require_codec
+from stillhouse.kernels.paged_attention.gpu_store import StoreTables
 from stillhouse.kernels.turboquant import ChannelGroup
 from stillhouse.workers.cache import (
+    CACHE_KINDS,
     CacheFormat,
     CachePlan,
     FittedScheme,
@@ -25,7 +28,8 @@ from stillhouse.workers.divergence import compressed_cache_factory, measure_cach
 from stillhouse.workers.models.language_model import LanguageModel
 from stillhouse.workers.projection import core
 from stillhouse.workers.protocols import CacheMeasure, CalibrateJob, ModelSpec
-from tests.workers.cache_models import HEAD_DIM, HEADS, random_kv
+from tests.workers import cache_models
+from tests.workers.cache_models import HEAD_DIM, HEADS, random_kv, tokens
 
 TEXTS = [f"Sentence {n} of a corpus, which has {n * n} words in it." for n in range(30)]
 HELDOUT = [f"Another text, number {n}, that was not used before." for n in range(6)]
@@ -49,6 +53,34 @@ def test_a_plan_keeps_to_its_bits_and_uses_them(calibration: Calibration, bits: 
     assert plan.facts["bits_per_coordinate"] <= bits
     assert plan.facts["bits_per_coordinate"] > bits - 0.25
     assert plan.facts["calibration_tokens"] == calibration.tokens
+
+
+def one_group(llama: LanguageModel, head_dim: int) -> Calibration:
+    model: Any = cache_models.llama(head_dim).requires_grad_(False)
+    rows = [tokens(1, 40, seed)[0].tolist() for seed in range(3)]
+    lm = dataclasses.replace(llama, model=model)
+    return calibrate(lm, rows, sinks=2, recent=3, context=40, groups=1)
+
+
+def test_one_channel_group_is_what_the_kernels_of_a_gpu_read(llama: LanguageModel) -> None:
+    calibration = one_group(llama, 80)
+    for bits in (1.75, 2.5, 3, 4, 5):
+        plan = calibration.plan_of_bits(bits)
+        assert plan.facts["bits_per_coordinate"] <= bits
+        scheme = FittedScheme(plan)
+        sample = torch.zeros(1, HEADS, 1, 80)
+        codecs: list[Any] = [
+            scheme.codec(layer, kind, sample) for layer in range(2) for kind in CACHE_KINDS
+        ]
+        assert {require_codec(codec).channels for codec in codecs} <= {64, 80}
+        assert all(StoreTables.of(codec, "cpu").heads == HEADS for codec in codecs)
+    with pytest.raises(ModelError, match=r"expected 1\.6 bits a coordinate or more"):
+        calibration.plan_of_bits(1.5)
+
+
+def test_one_channel_group_of_small_heads_is_refused(llama: LanguageModel) -> None:
+    with pytest.raises(ModelError, match=r"compress\.channel_groups: expected a head size of 64"):
+        one_group(llama, 16)
 
 
 def test_more_bits_cost_less(calibration: Calibration) -> None:
@@ -78,8 +110,8 @@ def test_a_fitted_cache_takes_the_bytes_of_an_oblivious_one_at_its_context(
 def test_a_fitted_cache_loses_less_than_an_oblivious_one(lm: LanguageModel, tmp_path: Path) -> None:
     config = CompressConfig(key_bits=2, value_bits=2, sinks=2, calibration_tokens=2000)
     job = CalibrateJob(ModelSpec("any"), TEXTS, config, tmp_path)
-    tokens = write_plan(lm, job, lambda _text: None)
-    assert 2000 <= tokens < 2000 + 2 * lm.context
+    read = write_plan(lm, job, lambda _text: None)
+    assert 2000 <= read < 2000 + 2 * lm.context
     assert kl(lm, config, tmp_path) < 0.6 * kl(lm, config)
 
 

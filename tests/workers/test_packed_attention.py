@@ -1,71 +1,20 @@
 """Generated tokens that read the packed cache say what they say of the decoded one."""
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 
-from stillhouse.kernels.turboquant import ChannelGroup, Fp8Codec, balance, fit_heads
-from stillhouse.workers.cache import (
-    PACKED_ATTENTION,
-    CacheFormat,
-    CachePlan,
-    FittedScheme,
-    LayerPlan,
-    ObliviousScheme,
-    SameCodecScheme,
-    TurboQuantCache,
-)
+from stillhouse.workers.cache import CacheFormat, ObliviousScheme, TurboQuantCache
 from tests.workers import cache_models
-from tests.workers.cache_models import HEAD_DIM, HEADS, tokens
-
-STEPS = 12
+from tests.workers.cache_models import tokens
+from tests.workers.packed_steps import generated, left_padded, packed_model, scheme
 
 
 @pytest.fixture(params=["llama", "gemma"])
 def model(request: pytest.FixtureRequest) -> Any:
     """Gemma's window is wider than what a kernel wants, and slides while tokens are generated."""
     return cache_models.llama() if request.param == "llama" else cache_models.gemma(window=24)
-
-
-def fitted(layers: int, sinks: int, recent: int) -> FittedScheme:
-    """Channel groups of different bits, one of none, and means; values without a map."""
-    spread = torch.logspace(0, -1, HEAD_DIM, dtype=torch.float64)
-    matrix = torch.diag(spread).expand(HEADS, HEAD_DIM, HEAD_DIM)
-    fit = fit_heads(
-        torch.randn(HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(0)),
-        balance(matrix, matrix),
-        (ChannelGroup(8, 4), ChannelGroup(8, 0)),
-    )
-    return FittedScheme(CachePlan((LayerPlan(fit, fit.without_map()),) * layers, sinks, recent))
-
-
-def scheme(name: str, layers: int, sinks: int, recent: int) -> Any:
-    if name == "fitted":
-        return fitted(layers, sinks, recent)
-    if name == "fp8":
-        return SameCodecScheme(lambda dim, _kind, _device: Fp8Codec(dim), sinks, recent)
-    return ObliviousScheme(CacheFormat(4, 3, sinks=sinks, recent=recent))
-
-
-@torch.no_grad()
-def generated(model: Any, ids: torch.Tensor, cache: Any, mask: torch.Tensor | None) -> Any:
-    """Logits of STEPS tokens after the prompt, always the same ones."""
-    steps = tokens(ids.shape[0], STEPS, seed=5)
-    found = [model(ids, past_key_values=cache, attention_mask=mask).logits[:, -1]]
-    for step in range(STEPS):
-        if mask is not None:
-            mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
-        out = model(steps[:, step : step + 1], past_key_values=cache, attention_mask=mask)
-        found.append(out.logits[:, -1])
-    return torch.stack(found)
-
-
-def packed_model(model: Any) -> Any:
-    found = copy.deepcopy(model)
-    found.set_attn_implementation(PACKED_ATTENTION)
-    return found
 
 
 @pytest.mark.parametrize("windows", [(0, 0), (3, 0), (0, 5), (2, 4)])
@@ -84,9 +33,7 @@ def test_one_sequence(model: Any, name: str, windows: tuple[int, int]) -> None:
 def test_a_padded_batch(model: Any, name: str, windows: tuple[int, int]) -> None:
     made = scheme(name, model.config.num_hidden_layers, *windows)
     ids, pads = tokens(3, 30), [0, 7, 28]
-    mask = torch.ones_like(ids)
-    for row, count in enumerate(pads):
-        mask[row, :count] = 0
+    mask = left_padded(ids, pads)
     plain = generated(model, ids, TurboQuantCache(model.config, made, pads), mask)
     cache = TurboQuantCache(model.config, made, pads, attend_packed=True)
     found = generated(packed_model(model), ids, cache, mask)
@@ -100,8 +47,7 @@ def test_capped_scores(windows: tuple[int, int]) -> None:
     model.set_attn_implementation("eager")
     made = scheme("mse", 2, *windows)
     ids, pads = tokens(2, 30), [0, 5]
-    mask = torch.ones_like(ids)
-    mask[1, :5] = 0
+    mask = left_padded(ids, pads)
     plain = generated(model, ids, TurboQuantCache(model.config, made, pads), mask)
     cache = TurboQuantCache(model.config, made, pads, attend_packed=True)
     found = generated(packed_model(model), ids, cache, mask)

@@ -10,6 +10,7 @@ from stillhouse.workers.cache.scheme import (
     ObliviousScheme,
     SameCodecScheme,
 )
+from stillhouse.workers.cache.storage import CacheStorage
 from stillhouse.workers.cache.turboquant import CacheFactory, TurboQuantCache, layer_windows
 from stillhouse.workers.cache.vllm_presets import VLLM_PRESETS, VllmScheme
 
@@ -23,6 +24,7 @@ __all__ = [
     "CacheKind",
     "CachePlan",
     "CacheScheme",
+    "CacheStorage",
     "FittedScheme",
     "LayerPlan",
     "ObliviousScheme",

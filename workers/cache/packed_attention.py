@@ -1,19 +1,18 @@
-"""Attention of a generated token straight from the packed cache, on a CPU.
+"""Attention of a generated token straight from the packed cache.
 
     model.set_attn_implementation(PACKED_ATTENTION)
     model.generate(**batch, past_key_values=TurboQuantCache(config, scheme, attend_packed=True))
 
 Prompts, and caches that no packed kernel reads, are decoded for transformers' `sdpa` as ever. A
 generated token's keys and values reach the attention as `PackedStates`, which any other attention
-refuses. Tokens in 16 bits (sinks, recent ones) meet the packed ones in one softmax.
+refuses. Tokens in 16 bits (sinks, recent ones) meet the packed ones in one softmax. A CPU reads
+records (`cpu_attention`), a GPU pages (`gpu_attention`).
 
-Shape suffixes: B sequences, H key/value heads, G query heads of each, T tokens, R tokens in 16
-bits, D head size, C coded channels.
+Shape suffixes: B sequences, H key/value heads, G query heads of each, T tokens, D head size.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -21,19 +20,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from stillhouse.kernels.paged_attention import FP8, RecordFormat, VectorFormat
+from stillhouse.kernels.paged_attention import FP8
 from stillhouse.kernels.paged_attention.refusals import LEAST_DIM, LEAST_RECORDS
-from stillhouse.kernels.turboquant import (
-    ChannelGroup,
-    FittedCodec,
-    Fp8Codec,
-    Fp8Vectors,
-    MseCodec,
-)
+from stillhouse.kernels.turboquant import FittedCodec, Fp8Codec, MseCodec
+from stillhouse.workers.cache.cpu_attention import attend_rows
+from stillhouse.workers.cache.gpu_attention import attend_pages
+from stillhouse.workers.cache.page_storage import PageStorage
 from stillhouse.workers.cache.rows import Rows
 
 PACKED_ATTENTION = "stillhouse_packed"
-_DECODERS: WeakKeyDictionary[Any, tuple[Any, Any]] = WeakKeyDictionary()
 
 
 class PackedStates(Tensor):
@@ -75,6 +70,8 @@ class PackedStates(Tensor):
 
 
 def _is_readable(rows: Rows) -> bool:
+    if isinstance(rows.packed, PageStorage):
+        return rows.packed.length > 0
     codec, device = rows.codec, rows.recent_BHTD.device.type
     packs = isinstance(codec, FittedCodec | Fp8Codec) or (
         isinstance(codec, MseCodec) and codec.bits < FP8 and codec.law == "gaussian"
@@ -115,9 +112,9 @@ def _attend_packed(
 ) -> Tensor:
     batch, heads, _, dim = query.shape
     groups = key.rows[0].recent_BHTD.shape[1]
-    query_BHGD = query.view(batch, groups, heads // groups, dim).float()
-    out_BHGD = attend_rows(
-        query_BHGD,
+    attend = attend_pages if isinstance(key.rows[0].packed, PageStorage) else attend_rows
+    out_BHGD = attend(
+        query.view(batch, groups, heads // groups, dim),
         key.rows,
         _visible(key, attention_mask),
         scaling=dim**-0.5 if scaling is None else scaling,
@@ -166,104 +163,6 @@ def _visible(key: PackedStates, mask: Tensor | None) -> list[tuple[int, int]]:
             "cache without `attend_packed`"
         )
     return [(first + start, end) for start in starts]
-
-
-def attend_rows(
-    query_BHGD: Tensor,
-    rows: tuple[Rows, ...],
-    visible: Sequence[tuple[int, int]],
-    *,
-    scaling: float,
-    softcap: float = 0.0,
-) -> Tensor:
-    """softmax(q · keys · scaling) · values over the slots [first, end) of each sequence.
-
-    query_BHGD: float32. Returns float32 [B, H, G, D].
-    """
-    from stillhouse.kernels.paged_attention import cpu
-
-    keys, values = rows
-    codec: Any = keys.codec
-    shown: Any = values.codec
-    decoder = _decoder(codec, shown, query_BHGD.shape[2], softcap)
-    query_BHGD = query_BHGD * (scaling * cpu.LOG2E)
-    mean_HD = _mean(codec)
-    ranges, raw_ranges = _ranges(keys, visible)
-    coded_BHGC, raw_BHGD = decoder.attend_with(
-        query_BHGD if isinstance(codec, Fp8Codec) else codec.query_in_coded(query_BHGD),
-        _packed(keys.packed),
-        _packed(values.packed),
-        ranges,
-        cpu.RawTokens(query_BHGD, _raw_parts(rows), raw_ranges, _mean(shown)),
-        offset_BHG=None if mean_HD is None else (query_BHGD @ mean_HD[:, :, None])[..., 0],
-    )
-    packed_BHGD = coded_BHGC if isinstance(shown, Fp8Codec) else shown.from_coded(coded_BHGC)
-    out_BHGD: Tensor = raw_BHGD.add_(packed_BHGD)
-    return out_BHGD
-
-
-def _decoder(codec: Any, shown: Any, group: int, softcap: float) -> Any:
-    """Kept with the keys' codec: a format's hash takes as long as a small head's attention."""
-    from stillhouse.kernels.paged_attention import cpu
-
-    found = _DECODERS.get(codec)
-    if found is None or found[0] != (id(shown), group, softcap):
-        format = RecordFormat.of(_format(codec), _format(shown))
-        found = (id(shown), group, softcap), cpu.decoder(format, group, softcap)
-        _DECODERS[codec] = found
-    return found[1]
-
-
-def _raw_parts(rows: tuple[Rows, ...]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Keys and values of the sinks, and of recent tokens."""
-    keys, values = rows
-    recent = keys.recent_BHTD, values.recent_BHTD
-    if keys.sinks is None or values.sinks is None:
-        return (recent[0][:, :, :0], recent[1][:, :, :0]), recent
-    return (keys.sinks.values_BHSD, values.sinks.values_BHSD), recent
-
-
-def _ranges(
-    rows: Rows, visible: Sequence[tuple[int, int]]
-) -> tuple[list[tuple[int, int]], list[tuple[int, int, int, int]]]:
-    """Of each sequence the packed vectors, and the sinks and recent tokens, that its token sees."""
-    sinks = 0 if rows.sinks is None else rows.sinks.count
-    recent = rows.recent_BHTD.shape[2]
-    packed, raw = [], []
-    for (first, end), start in zip(visible, _pads_and_sinks(rows, len(visible)), strict=True):
-        begin = max(first, start, rows.first_packed) - rows.first_packed
-        packed.append((begin, rows.packed_length))
-        zero = start - sinks  # the slot of the first sink
-        seen = max(first - zero, 0), min(end - zero, sinks)
-        raw.append((*seen, min(max(max(first, start) - (end - recent), 0), recent), recent))
-    return packed, raw
-
-
-def _pads_and_sinks(rows: Rows, batch: int) -> list[int]:
-    """The first slot of each sequence that is neither a pad nor a sink."""
-    sinks = rows.sinks
-    if sinks is None:
-        return [0] * batch
-    padding = [0] * batch if sinks.padding_B is None else sinks.padding_B.tolist()
-    return [pads + sinks.count for pads in padding]
-
-
-def _format(codec: Any) -> VectorFormat:
-    if isinstance(codec, Fp8Codec):
-        return VectorFormat((ChannelGroup(codec.head_dim, FP8),))
-    return VectorFormat(codec.coded_groups)
-
-
-def _mean(codec: Any) -> Tensor | None:
-    return codec.fit.mean_HD if isinstance(codec, FittedCodec) else None
-
-
-def _packed(record: Any) -> Any:
-    from stillhouse.kernels.paged_attention.cpu import PackedHalf
-
-    if isinstance(record, Fp8Vectors):
-        return PackedHalf(record.codes)
-    return PackedHalf(record.indices, record.scalars)
 
 
 AttentionInterface.register(PACKED_ATTENTION, _attend)

@@ -10,19 +10,13 @@ Shape suffixes: B sequences, H key/value heads, T tokens, S sinks, D head size.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from stillhouse.kernels.turboquant import (
-    VectorCodec,
-    join,
-    map_tensors,
-    nbytes_of,
-    tensors_of,
-    to_half,
-)
+from stillhouse.kernels.turboquant import VectorCodec, nbytes_of, to_half
+from stillhouse.workers.cache.record_storage import PackedStorage
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,28 +81,36 @@ class Sinks:
         return numbers + sign * self.padding_B[:, None]
 
 
+class _Parts(NamedTuple):
+    """What an append makes of new tokens. old: those to be packed, None for none."""
+
+    sinks: Sinks | None
+    old: Tensor | None
+    recent: Tensor
+    overlap: int
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
     """The slots from `start` to the end of what was appended; an append makes a new object.
 
-    packed: the codec's record of the slots from `first_packed` on. recent_BHTD: 16 bits, the last
+    packed: the vectors of the slots from `first_packed` on. recent_BHTD: 16 bits, the last
     slots, `recent_limit` at most and `overlap` more, which are packed too: they are held until
     `without_last` says which slots stay. Where there is a `recent_limit` every vector is packed
     from its 16 bits, so that what is stored is the same in any pieces.
     """
 
-    codec: VectorCodec
     recent_limit: int
     start: int
     sinks: Sinks | None
-    packed: Any
+    packed: PackedStorage
     recent_BHTD: Tensor
     overlap: int = 0
 
     @classmethod
     def empty(
         cls,
-        codec: VectorCodec,
+        packed: PackedStorage,
         sinks: int,
         recent: int,
         padding: Sequence[int] | None,
@@ -117,7 +119,12 @@ class Rows:
         """No tokens yet, of sequences like the sample."""
         none = sample_BHTD[:, :, :0]
         room = Sinks.empty(sinks, padding, sample_BHTD) if sinks else None
-        return cls(codec, recent, 0, room, codec.encode(none), to_half(none).clone())
+        return cls(recent, 0, room, packed, to_half(none).clone())
+
+    @property
+    def codec(self) -> VectorCodec:
+        """Of the packed vectors."""
+        return self.packed.codec
 
     @property
     def batch_size(self) -> int:
@@ -126,12 +133,11 @@ class Rows:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the storage behind all parts."""
+        """Bytes allocated for all parts."""
         sinks = () if self.sinks is None else (self.sinks.values_BHSD,)
         padding = self.sinks.padding_B if self.sinks is not None else None
-        return nbytes_of((self.packed, self.recent_BHTD, *sinks)) + (
-            0 if padding is None else nbytes_of(padding)
-        )
+        raw = nbytes_of((self.recent_BHTD, *sinks))
+        return self.packed.nbytes + raw + (0 if padding is None else nbytes_of(padding))
 
     @property
     def first_packed(self) -> int:
@@ -141,18 +147,15 @@ class Rows:
     @property
     def packed_length(self) -> int:
         """How many slots are packed."""
-        return tensors_of(self.packed)[0].shape[2]
+        return self.packed.length
 
     @property
     def _first_recent(self) -> int:
         """Where `recent_BHTD` begins, in slots after `first_packed`."""
         return self.packed_length - self.overlap
 
-    def appended(self, x_BHTD: Tensor, slot: int, hold: bool = False) -> "Rows":
-        """With the tokens of x at slots from `slot` on; NotFiniteError as the codec's.
-
-        hold: keep 16 bits of what leaves `recent`, too.
-        """
+    def _parts(self, x_BHTD: Tensor, slot: int, hold: bool) -> _Parts:
+        """Of the tokens of x at slots from `slot` on; hold: as `append_both`."""
         sinks = None if self.sinks is None else self.sinks.with_new(x_BHTD, slot)
         new = x_BHTD[:, :, max(self.first_packed - slot, 0) :]
         if self.recent_limit:
@@ -160,14 +163,15 @@ class Rows:
             new = torch.cat((self.recent_BHTD.to(new.dtype), new), dim=2)
         old = max(new.shape[2] - self.overlap - self.recent_limit, 0)
         stop = self.overlap + old
-        packed = self.packed
-        if old:
-            packed = join(packed, self.codec.encode(new[:, :, self.overlap : stop]), 2)
         overlap = stop if hold and self.recent_limit else 0
         recent = self.recent_BHTD
         if recent.shape[2] or new.shape[2] > stop - overlap:
             recent = to_half(new[:, :, stop - overlap :]).clone()
-        return replace(self, sinks=sinks, packed=packed, recent_BHTD=recent, overlap=overlap)
+        return _Parts(sinks, new[:, :, self.overlap : stop] if old else None, recent, overlap)
+
+    def _with(self, parts: _Parts, packed: PackedStorage) -> "Rows":
+        # Not `replace`, which takes longer: a generated token comes by here twice a layer.
+        return Rows(self.recent_limit, self.start, parts.sinks, packed, parts.recent, parts.overlap)
 
     def decode(self, first: int, end: int, dtype: torch.dtype, read_at: int) -> Tensor:
         """The slots from `first` to `end`, where the stored ones end, [B, H, T, D].
@@ -177,9 +181,8 @@ class Rows:
         skip, recent_at = max(first - self.first_packed, 0), self._first_recent
         edge = max(read_at - self.recent_limit - self.first_packed, recent_at)
         edge = min(edge, self.packed_length)
-        packed = map_tensors(self.packed, lambda tensor: tensor[:, :, skip:edge])
         recent = self.recent_BHTD[:, :, max(skip, edge) - recent_at :]
-        parts = [self.codec.decode(packed, dtype), recent.to(dtype)]
+        parts = [self.packed.decode(skip, edge, dtype), recent.to(dtype)]
         if self.sinks is None:
             return torch.cat(parts, dim=2)
         parts.insert(0, self.sinks.values_BHSD[:, :, first:end].to(dtype))
@@ -211,10 +214,10 @@ class Rows:
         return self._cut(slice(kept), slice(kept - first, stop - first))
 
     def _cut(self, packed: slice, recent: slice) -> "Rows":
-        """Parts of both, cloned: a view would free nothing."""
+        """Parts of both; cloned, as a view would free nothing."""
         return replace(
             self,
-            packed=map_tensors(self.packed, lambda tensor: tensor[:, :, packed].clone()),
+            packed=self.packed.cut(packed),
             recent_BHTD=self.recent_BHTD[:, :, recent].clone(),
             overlap=0,
         )
@@ -229,5 +232,22 @@ class Rows:
                 values_BHSD=change(sinks.values_BHSD),
                 padding_B=None if padding is None else change(padding),
             )
-        packed = map_tensors(self.packed, change)
+        packed = self.packed.mapped(change)
         return replace(self, sinks=sinks, packed=packed, recent_BHTD=change(self.recent_BHTD))
+
+
+def append_both(
+    rows: tuple[Rows, ...], states: tuple[Tensor, Tensor], slot: int, hold: bool = False
+) -> tuple[Rows, Rows]:
+    """Keys and values with their tokens at slots from `slot` on; NotFiniteError as the codecs'.
+
+    hold: keep 16 bits of what leaves `recent`, too. Both are encoded before one is stored: a
+    refused value leaves the rows as they were.
+    """
+    keys, values = rows
+    key = keys._parts(states[0], slot, hold)
+    value = values._parts(states[1], slot, hold)
+    packed = keys.packed, values.packed
+    if key.old is not None and value.old is not None:
+        packed = keys.packed.append_both(values.packed, key.old, value.old)
+    return keys._with(key, packed[0]), values._with(value, packed[1])

@@ -2,8 +2,9 @@
 
 Keys are quantised after RoPE, as attention caches them. Everything `update` returns, the tokens of
 the same step included, has gone through the storage, so logits measured with this cache are those
-of a server that reads only packed pages. Storage grows by concatenation, hence `nbytes` is
-tokens × bytes with no slack (decoding the cache at each step costs far more than that copy).
+of a server that reads only packed pages. Records grow by concatenation, hence their `nbytes` is
+tokens × bytes with no slack (decoding the cache at each step costs far more than that copy); pages,
+which a GPU attends to, grow by a quarter, and theirs has what is allocated and not yet filled.
 
 A sliding layer keeps what its next step may see, sliding_window - 1 tokens, as transformers'
 DynamicSlidingWindowLayer.
@@ -30,8 +31,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and
 
 from stillhouse.kernels.turboquant import VectorCodec
 from stillhouse.workers.cache.packed_attention import PackedStates
-from stillhouse.workers.cache.rows import Rows
-from stillhouse.workers.cache.scheme import CACHE_KINDS, CacheScheme, ObliviousScheme
+from stillhouse.workers.cache.page_storage import PageStorage
+from stillhouse.workers.cache.rows import Rows, append_both
+from stillhouse.workers.cache.scheme import CacheScheme, ObliviousScheme
+from stillhouse.workers.cache.storage import CacheStorage
 
 _FULL_LAYERS = ("full_attention",)
 _SLIDING_LAYERS = ("sliding_attention", "chunked_attention")
@@ -49,9 +52,10 @@ class _TurboQuantLayer(CacheLayerMixin):
         window: int | None,
         padding: Sequence[int] | None,
         attend_packed: bool,
+        storage: CacheStorage,
     ) -> None:
         CacheLayerMixin.__init__(self)
-        self._attend_packed = attend_packed
+        self._attend_packed, self._storage = attend_packed, storage
         self._scheme, self._index, self._window, self._padding = scheme, index, window, padding
         self._rows: tuple[Rows, ...] = ()
         self.is_sliding = window is not None
@@ -67,6 +71,12 @@ class _TurboQuantLayer(CacheLayerMixin):
         return [rows.codec for rows in self._rows]
 
     @property
+    def tables(self) -> list[Any]:
+        """Of codecs and kernels; they have `nbytes`, and layers share them."""
+        packed = [rows.packed for rows in self._rows]
+        return self.codecs + [part.tables for part in packed if isinstance(part, PageStorage)]
+
+    @property
     def batch_size(self) -> int:
         return self._rows[0].batch_size if self._rows else -1
 
@@ -77,16 +87,13 @@ class _TurboQuantLayer(CacheLayerMixin):
         self._initialize(key_states, value_states)
 
     def _initialize(self, key_BHTD: Tensor, value_BHTD: Tensor) -> tuple[Rows, ...]:
-        padding = _for_batch(self._padding, key_BHTD.shape[0])
+        padding, states = _for_batch(self._padding, key_BHTD.shape[0]), (key_BHTD, value_BHTD)
+        key = self._scheme.codec(self._index, "key", key_BHTD)
+        value = self._scheme.codec(self._index, "value", value_BHTD)
+        packed = self._storage.empty((key, value), states, self._attend_packed)
         self._rows = tuple(
-            Rows.empty(
-                self._scheme.codec(self._index, kind, x_BHTD),
-                self._scheme.sinks,
-                self._scheme.recent,
-                padding,
-                x_BHTD,
-            )
-            for kind, x_BHTD in zip(CACHE_KINDS, (key_BHTD, value_BHTD), strict=True)
+            Rows.empty(part, self._scheme.sinks, self._scheme.recent, padding, x_BHTD)
+            for part, x_BHTD in zip(packed, states, strict=True)
         )
         self.is_initialized = True
         return self._rows
@@ -103,12 +110,8 @@ class _TurboQuantLayer(CacheLayerMixin):
         before = self._rows or self._initialize(key_states, value_states)
         _, first = self.get_mask_sizes(key_states.shape[2])
         slot = self.cumulative_length
-        # Both are encoded before one is stored: a refused value leaves the cache as it was.
         states = (key_states, value_states)
-        self._rows = tuple(
-            rows.appended(x_BHTD, slot, self.record_past)
-            for rows, x_BHTD in zip(before, states, strict=True)
-        )
+        self._rows = append_both(before, states, slot, self.record_past)
         self.cumulative_length += key_states.shape[2]
         end, dtype = self.cumulative_length, key_states.dtype
         if self._attend_packed and key_states.shape[2] == 1 and not self.record_past:
@@ -189,12 +192,13 @@ class TurboQuantCache(Cache):
     scheme: the codecs and windows; 4-bit keys `unbiased` and values `least_squares` by default.
     padding: how many pads stand before each sequence, so that its sinks are found; None for no
     left padding. attend_packed: for a model with `PACKED_ATTENTION` set, whose generated tokens
-    then read the packed vectors where a CPU can, without decoding the cache at each step. No
+    then read the packed vectors where a CPU or a GPU can, without decoding the cache at each step:
+    on CUDA those of a model in 16 bits, from pages. storage: asks for pages, or against them. No
     gradient flows through the cache.
 
     ValueError: another kind of layer (such as linear attention), keys or values that the scheme
-    was not made for, or on the CPU those that are not finite. RuntimeError from `crop`: tokens that
-    a sliding layer has already dropped.
+    was not made for, pages where the kernels take none, or on the CPU keys and values that are not
+    finite. RuntimeError from `crop`: tokens that a sliding layer has already dropped.
     """
 
     def __init__(
@@ -203,24 +207,27 @@ class TurboQuantCache(Cache):
         scheme: CacheScheme | None = None,
         padding: Sequence[int] | None = None,
         attend_packed: bool = False,
+        storage: CacheStorage | None = None,
     ) -> None:
         self.scheme = scheme or ObliviousScheme()
         self._packed_layers = [
-            _TurboQuantLayer(self.scheme, index, window, padding, attend_packed)
+            _TurboQuantLayer(
+                self.scheme, index, window, padding, attend_packed, storage or CacheStorage()
+            )
             for index, window in enumerate(layer_windows(config))
         ]
         super().__init__(layers=list(self._packed_layers))
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated: what every layer stores, and the tables of its codecs."""
+        """Bytes allocated: what every layer stores, slack included, and its tables."""
         return self.table_nbytes + sum(layer.nbytes for layer in self._packed_layers)
 
     @property
     def table_nbytes(self) -> int:
-        """Bytes of the codecs' tables, which all caches of a scheme share."""
-        codecs = {id(codec): codec for layer in self._packed_layers for codec in layer.codecs}
-        return sum(codec.nbytes for codec in codecs.values())
+        """Bytes of the tables of codecs and kernels, which all caches of a scheme share."""
+        tables = {id(part): part for layer in self._packed_layers for part in layer.tables}
+        return sum(part.nbytes for part in tables.values())
 
     @property
     def batch_size(self) -> int:

@@ -5,7 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stillhouse.kernels.turboquant import ChannelGroup, balance, choose_groups, expected_cost
+from stillhouse.kernels.turboquant import (
+    ChannelGroup,
+    balance,
+    choose_groups,
+    expected_cost,
+    group_curve,
+)
 
 FLAT_64 = torch.ones(1, 64, dtype=torch.float64)
 
@@ -89,7 +95,29 @@ def test_a_cut_keeps_the_budget_and_beats_equal_bits(seed: int, dim: int, bits: 
     assert expected_cost(spread, groups) <= expected_cost(spread, equal) * (1 + 1e-9)
 
 
+@given(st.integers(0, 1000), st.sampled_from([64, 80, 128, 256]))
+def test_one_group_is_the_cheapest_of_its_bits(seed: int, dim: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.rand(2, dim, generator=generator).exp().pow(3).sort(descending=True).values
+    curve = group_curve(spread, 1)
+    every = [
+        (ChannelGroup(channels, bits), ChannelGroup(dim - channels, 0))
+        for channels in range(64, dim + 1, 16)
+        for bits in (2, 3, 4)
+    ]
+    assert curve[0].bits == 128
+    assert curve[-1].bits == 4 * dim
+    for choice in curve:
+        assert (*choice.groups, ChannelGroup(0, 0))[:2] in every
+        fitting = [g for g in every if g[0].channels * g[0].bits <= choice.bits]
+        best = min(expected_cost(spread, g if g[1].channels else g[:1]) for g in fitting)
+        assert choice.cost == pytest.approx(best)
+
+
 def test_refusals() -> None:
+    for dim in (48, 72, 272):
+        with pytest.raises(ValueError, match=f"for one channel group, found {dim}"):
+            group_curve(torch.ones(1, dim), 1)
     with pytest.raises(ValueError, match="at least 0 bits"):
         choose_groups(FLAT_64, -1)
     with pytest.raises(ValueError, match="multiple of 8"):
