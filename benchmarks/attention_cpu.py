@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.cpu_bound import ENOUGH, Mix, best, mix_rate, read_rate
+from benchmarks.cpu_bound import ENOUGH, Mix, best, least_seconds, read_rate
 from stillhouse.kernels.paged_attention import (
     FP8,
     HalfPage,
@@ -41,7 +41,6 @@ SHAPES = {"smollm2-135m": (3, 3, 64), "llama-8b": (8, 4, 128)}  # heads, queries
 CONTEXTS, QUICK = (1024, 4096, 16384, 65536), (1024, 4096)
 FORMATS = {"k4v4": (4, 4), "k3v3": (3, 3), "k2v2": (2, 2), "fp8": (FP8, FP8)}
 PEERS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-LANES = 16
 CHUNK = 128  # tokens of a continued prompt
 
 
@@ -72,7 +71,6 @@ def main() -> None:
         "processor": processor(),
         "threads": asked.threads,
         "read_bytes_per_second": read_rate(),
-        "products_per_second": LANES * mix_rate(Mix(1, 0, 0), asked.threads),
     }
     print(json.dumps(machine))
     rows: list[Row] = []
@@ -121,7 +119,7 @@ def measured(shape: str, context: int, machine: dict[str, Any], threads: int) ->
         bound = None
         if key != FP8:
             values = 2 * context * heads * dim
-            bound = values / LANES / mix_rate(Mix.of(key, group, dim), threads)
+            bound = least_seconds(values, Mix.of(key, group, dim), threads)
         rows.append(row(shape, context, name, best(calls), size, bound, machine))
     return compared(rows)
 
@@ -140,7 +138,7 @@ def chunks(shape: str, context: int, machine: dict[str, Any], threads: int) -> l
     heads, group, dim = SHAPES[shape]
     whole = context + CHUNK
     products = CHUNK * group * heads * (context + CHUNK / 2) * 2 * dim
-    bound = products / machine["products_per_second"]
+    bound = least_seconds(products, Mix(1, 0, 0), threads)
     mask = torch.ones(CHUNK, whole, dtype=torch.bool).tril(context)
     rows = []
     for name, kind in PEERS.items():

@@ -2,11 +2,12 @@
 
 The second is measured, not reckoned from a processor's ports: the multiply-adds, table reads and
 shifts of 16 decoded values, in their proportions and in registers alone, no one waiting for
-another.
+another. That takes the 32 registers of AVX-512: without them there is no such bound.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from time import perf_counter
 from typing import Any
 
@@ -20,9 +21,8 @@ from stillhouse.kernels.paged_attention.cpu_unpack import UnpackWriter
 
 ENOUGH = 256 << 20  # bytes that no cache of a processor holds
 SECONDS, CALLS = 0.7, 5
-_TURNS, _VALUES = 1 << 14, 16  # of the loop; times 16 values in each
-# Independent chains of each kind: as many as registers hold beside three operands.
-_CHAINS = {True: (10, 6, 4), False: (4, 1, 1)}
+_TURNS, _VALUES = 1 << 17, 16  # of the loop; times 16 values in each
+_CHAINS = (10, 6, 4)  # independent ones of each kind: as many as registers hold beside operands
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,14 @@ def read_rate() -> float:
     return ENOUGH / best([numbers.sum])
 
 
+def least_seconds(values: float, mix: Mix, threads: int) -> float | None:
+    """In which all threads together do the mix for so many values; None without AVX-512."""
+    if cpu_compile.processor().permute != "avx512":
+        return None
+    return values / LANES / mix_rate(mix, threads)
+
+
+@cache
 def mix_rate(mix: Mix, threads: int) -> float:
     """How many times 16 values a second all threads together do the mix."""
     code = cpu_compile.compiled_text(mix_text(mix))
@@ -86,9 +94,7 @@ def _emit(function: ir.Function, counts: Sequence[int]) -> None:
     room = write.b.bitcast(function.args[0], F32.as_pointer())
     factor = write.load_floats(room, 0)
     index = write.b.bitcast(write.load_floats(room, 2 * LANES), VI)
-    chains = [
-        [write.variable(VF) for _ in range(number)] for number in _CHAINS[permute == "avx512"]
-    ]
+    chains = [[write.variable(VF) for _ in range(number)] for number in _CHAINS]
     steps: tuple[Callable[[Any], Any], ...] = (
         lambda x: write.fma(factor, factor, x),
         lambda x: write.permuted(x, index),

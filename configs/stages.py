@@ -1,8 +1,8 @@
 """One section for each stage, of the stage's name."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stillhouse.configs.base import Config, knob
 
@@ -132,6 +132,17 @@ class CompressConfig(Config):
     texts: int = Field(64, ge=1)  # held-out texts whose next-token divergence is measured
     budget_kl: float | None = Field(None, gt=0)  # nats a token, on training texts kept apart
     max_kl: float | None = Field(0.25, gt=0)  # gate, nats a token, on held-out texts
+
+    @model_validator(mode="after")
+    def _one_group_is_of_a_fitted_cache(self) -> Self:
+        bits = (self.key_bits, self.value_bits)
+        if self.channel_groups == 1 and not (self.calibrate and set(bits) <= {2, 3, 4}):
+            raise ValueError(
+                "compress.channel_groups: one channel group is of a calibrated cache with 2, 3 or "
+                f"4 bits, found calibrate={self.calibrate}, key_bits={bits[0]}, "
+                f"value_bits={bits[1]}"
+            )
+        return self
 
 
 class DeployConfig(Config):

@@ -115,7 +115,7 @@ def recipe_format(recipe: RecipeConfig) -> str:
         return f"k{config.key_bits}v{config.value_bits}"
     most = MOST_SINGLE_BITS if config.channel_groups == 1 else MOST_FITTED_BITS
     bits = (config.key_bits + config.value_bits) / 2
-    return f"fitted:{min(bits, most) if config.budget_kl is None else most:g}"
+    return f"fitted:{bits if config.budget_kl is None else most:g}"
 
 
 def plan_target_cache(recipe: RecipeConfig) -> CachePlan:

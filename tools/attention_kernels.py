@@ -49,7 +49,7 @@ _TYPES = {
         "*i32",
     ),
     "slot_ptr": "*i64",
-    "shifts_ptr": "*u16",
+    "columns_ptr": "*u16",
     **dict.fromkeys(("scale", "cap"), "fp32"),
 }  # fmt: skip
 _RAW = ("raw_keys_ptr", "raw_values_ptr", "raw_first_ptr", "raw_last_ptr")

@@ -94,6 +94,12 @@ class Calibration:
         return self._least / self.channels
 
     @property
+    def most_bits(self) -> float:
+        """Of a kept coordinate on average: more change nothing."""
+        parts = [fitting.part for fitting in self._fittings]
+        return sum(part.bits(len(part.curve) - 1) for part in parts) / self.channels
+
+    @property
     def _least(self) -> float:
         return sum(fitting.part.bits(0) for fitting in self._fittings)
 
@@ -234,7 +240,8 @@ def plan_of_measured_kl(
     Found by bisection over quarters of a bit, as if KL fell with every one of them. ModelError when
     the most bits are not enough: then no fitted cache is good enough for this model.
     """
-    choices = [bits for bits in _BITS if bits >= calibration.least_bits - _ROUNDING]
+    least, most = calibration.least_bits - _ROUNDING, calibration.most_bits + _ROUNDING
+    choices = [bits for bits in _BITS if least <= bits <= most]
     low, high = 0, len(choices) - 1
     best: CachePlan | None = None
     found = math.nan

@@ -5,7 +5,8 @@ to side by side (`triton_attend`), and merged and mapped back once (`triton_merg
 bits, as attention sinks and recent ones, meet the packed ones in one softmax.
 
 The host waits for nothing but the check of the page table, which `trusted` leaves out; with it and
-a fixed `tokens` a call can be captured in a CUDA graph. Importing this module needs no
+a fixed `tokens` a call can be captured in a CUDA graph, when one like it has compiled the kernels
+and made `columns`. Importing this module needs no
 GPU; calling it needs CUDA tensors, or the interpreter (TRITON_INTERPRET=1) for CPU tensors.
 
 Shape suffixes: B sequences, H key/value heads, G queries of each, N pages, Y bytes of a half page,
@@ -38,7 +39,7 @@ from stillhouse.kernels.paged_attention.pages import PageFormat, VectorFormat
 from stillhouse.kernels.paged_attention.triton_attend import attend_kernel
 from stillhouse.kernels.paged_attention.triton_merge import merge_kernel
 from stillhouse.kernels.paged_attention.triton_query import query_kernel
-from stillhouse.kernels.paged_attention.triton_unpack import column_shifts
+from stillhouse.kernels.paged_attention.triton_unpack import column_tables
 from stillhouse.kernels.turboquant import FittedCodec, Fp8Codec, MseCodec
 
 LOG2E = 1.4426950408889634
@@ -205,10 +206,10 @@ class GpuDecoder:
         )  # fmt: skip
         return coded, factor, offset
 
-    def shifts(self, device: torch.device) -> Tensor:
-        """`column_shifts` of keys and of values, uint16 [4, 32], kept."""
+    def columns(self, device: torch.device) -> Tensor:
+        """`column_tables` of keys and of values, uint16 [4, 32], kept."""
         groups = (self.key.format.groups[0], self.value.format.groups[0])
-        return _shifts(tuple((group.channels, group.bits) for group in groups), device)
+        return _columns(tuple((group.channels, group.bits) for group in groups), device)
 
     def _attend(
         self,
@@ -232,7 +233,7 @@ class GpuDecoder:
         table = sequences.table_BW
         page_strides = [stride for half in pages for stride in half.stride()[:2]]
         attend_kernel[(every * triton.cdiv(group, ROWS), heads, batch)](
-            query, *coded, *pages, self.shifts(query.device), *sequences, *raw_parts,
+            query, *coded, *pages, self.columns(query.device), *sequences, *raw_parts,
             sums, raw_sums, ml,
             self.scale, self.cap, *query.stride()[:2], *page_strides, table.stride(0),
             *raw_strides, min(half.shape[0] for half in pages),
@@ -272,8 +273,8 @@ def head_stride(part: Tensor | None) -> int:
 
 
 @cache
-def _shifts(halves: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    rows = [row for channels, bits in halves for row in column_shifts(channels, bits)]
+def _columns(halves: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    rows = [row for channels, bits in halves for row in column_tables(channels, bits)]
     return torch.tensor(rows, dtype=torch.uint16, device=device)
 
 

@@ -79,8 +79,8 @@ def attend_chunk(
         strides = [n for half in (keys_NHY, values_NHY) for n in half.stride()[:2]]
         raw_strides = [n for half in chunk[:2] for n in half.stride()[:2]]
         chunk_kernel[(triton.cdiv(rows, options["M"]), heads, batch)](
-            query_BHMD, *coded, keys_NHY, values_NHY, decoder.shifts(query_BHMD.device), *sequences,
-            chunk.position_B, chunk.hidden_B, *chunk[:2], sums, raw_sums, ml,
+            query_BHMD, *coded, keys_NHY, values_NHY, decoder.columns(query_BHMD.device),
+            *sequences, chunk.position_B, chunk.hidden_B, *chunk[:2], sums, raw_sums, ml,
             decoder.scale, decoder.cap, *query_BHMD.stride()[:2], *strides,
             sequences.table_BW.stride(0), *raw_strides,
             min(keys_NHY.shape[0], values_NHY.shape[0]), rows, chunk.key_BHRD.shape[2], window,

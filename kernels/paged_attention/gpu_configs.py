@@ -9,6 +9,7 @@ from typing import Any
 from stillhouse.kernels.paged_attention.triton_unpack import elements, tile_columns, tile_count
 
 MOST_SPLITS = 128  # of a sequence; the merge reads as many sums a query
+RESIDENT_WARPS = 8  # on an SM of sm_90, by what most shipped kernels take; others have up to 16
 ROWS = 16  # queries of a tile, what a product has at least: sums of more would not fit registers
 
 
@@ -70,8 +71,9 @@ def _is_tight(shape: AttendShape, wide: int) -> bool:
         return False
     if bits == (4, 4):  # two sums of scores
         return extra > 1 or shape.group > ROWS or 128 < channels < 256
-    crowded = 3 in bits or bits == (4, 2) if wide == 128 else shape.key_bits == 3
-    return bool(extra) or crowded
+    if wide == 128:
+        return bool(extra) or 3 in bits or bits == (4, 2)
+    return bool(extra) or shape.key_bits == 3
 
 
 def attend_options(shape: AttendShape, splits: int, *, check: bool, asm: bool) -> dict[str, Any]:
@@ -157,7 +159,7 @@ def split_count(shape: AttendShape, programs: int, tokens: int, processors: int)
     programs: sequences times key/value heads times tiles of queries. A part has two tiles or more.
     """
     found = tiling(shape)
-    resident = processors * max(1, 12 // found.warps)  # 12 warps fit their registers on an SM
+    resident = processors * (RESIDENT_WARPS // found.warps)
     most = min(-(-tokens // (2 * found.block)), MOST_SPLITS)
     return max(1, min(resident // max(1, programs), most))
 

@@ -22,9 +22,17 @@ def require_codec(codec: Any) -> VectorFormat:
     """What it makes; ValueError where the Triton kernels neither read nor write that."""
     if isinstance(codec, Fp8Codec):
         return _require_groups((ChannelGroup(codec.head_dim, FP8),))
-    if isinstance(codec, MseCodec) and codec.law != "gaussian":
-        raise ValueError(f"expected a codec of the law 'gaussian', found {codec.law!r}")
-    return _require_groups(codec.coded_groups)
+    groups = getattr(codec, "coded_groups", None)
+    if groups is None:
+        raise ValueError(
+            f"expected an MseCodec, FittedCodec or Fp8Codec, found {type(codec).__name__}"
+        )
+    if isinstance(codec, MseCodec) and (codec.law != "gaussian" or codec.bits == FP8):
+        raise ValueError(
+            f"expected a codec of the law 'gaussian' and 2, 3 or 4 bits, found {codec.law!r} and "
+            f"{codec.bits} bits"
+        )
+    return _require_groups(groups)
 
 
 def _require_groups(groups: Sequence[ChannelGroup]) -> VectorFormat:

@@ -87,11 +87,13 @@ class Writer:
 
 
 def planes3(write: Writer, fold: bool) -> tuple[str, str]:
-    """`nibbles3` of the inputs behind all outputs: the plane of 2 bits, that of 1 bit, how far the
-    latter is shifted right so that its bits 0, 2, 4, 6 are those wanted; with `fold` how far the
-    former is, 0 or 4: only the lower half of each byte is wanted then."""
-    first = 4 if fold else 8
-    low, high = f"${first}", write.shifted(f"${first + 1}", f"${first + 2}")
+    """`nibbles3` of the inputs behind all outputs: the plane of 2 bits, that of 1 bit, and which
+    bits of the latter are wanted: 0 for bits 0, 2, 4, 6, all ones for bits 1, 3, 5, 7. With `fold`
+    also how far both are shifted right first, 0 or 4, the same for a pair: only the lower half of
+    each byte is wanted then."""
+    low, high, odd, half = (f"${(4 if fold else 8) + n}" for n in range(4))
     if fold:
-        low = write.shifted(low, f"${first + 3}")
+        low, high = write.shifted(low, half), write.shifted(high, half)
+    # Elements of a pair may differ in this: neighbours in a row, of another run each.
+    high = write.put("lop3.b32", odd, write.put("shr.u32", high, "1"), high, "0xca")
     return write.nibbles3(low, high)

@@ -17,7 +17,7 @@ from stillhouse.kernels.paged_attention.triton_merge import LOWEST
 from stillhouse.kernels.paged_attention.triton_query import coded_queries
 from stillhouse.kernels.paged_attention.triton_unpack import (
     channel_of,
-    load_shifts,
+    load_columns,
     unpack,
 )
 
@@ -77,7 +77,7 @@ def _split_queries(query, M: tl.constexpr, TILES: tl.constexpr):
 
 @triton.jit
 def attend_packed(
-    coded_ptr, factor_ptr, offset_ptr, keys_ptr, values_ptr, table_ptr, shifts_ptr, row, live_row,
+    coded_ptr, factor_ptr, offset_ptr, keys_ptr, values_ptr, table_ptr, columns_ptr, row, live_row,
     first, lowest, highest, begin, end, cap, stride_kn, stride_vn, pages,
     C: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
@@ -103,8 +103,8 @@ def attend_packed(
     sums = ()
     for _ in tl.static_range(VALUE_TILES):
         sums = sums + (tl.zeros((M, VALUE_COLUMNS), tl.float32),)
-    key_shifts = load_shifts(shifts_ptr, KEY_COLUMNS, KEY_BITS)
-    value_shifts = load_shifts(shifts_ptr + 64, VALUE_COLUMNS, VALUE_BITS)
+    key_columns = load_columns(columns_ptr, KEY_COLUMNS, KEY_BITS)
+    value_columns = load_columns(columns_ptr + 64, VALUE_COLUMNS, VALUE_BITS)
     for at in tl.range(begin, end, BLOCK, num_stages=STAGES):
         token = at + tl.arange(0, BLOCK)
         live = (token >= lowest) & (token < end)
@@ -121,7 +121,7 @@ def attend_packed(
             key_rows,
             live,
             place,
-            key_shifts,
+            key_columns,
             C,
             KEY_COLUMNS,
             KEY_BITS,
@@ -164,7 +164,7 @@ def attend_packed(
         weight = weight.to(tl.float16)
         # Numbers in fp8 have no scalar that would be 0 where no token is: they are not read there.
         values = unpack(
-            value_rows, live, place, value_shifts, V, VALUE_COLUMNS, VALUE_BITS, PAGE,
+            value_rows, live, place, value_columns, V, VALUE_COLUMNS, VALUE_BITS, PAGE,
             BLOCK > PAGE or VALUE_BITS == 8, ASM,
         )  # fmt: skip
         added = ()
@@ -227,7 +227,7 @@ def _attend_raw(
     return m, total, sums
 
 
-@triton.jit(do_not_specialize=["pages"])
+@triton.jit(do_not_specialize=["pages", "stride_table"])
 def attend_kernel(
     query_ptr,
     coded_ptr,
@@ -235,7 +235,7 @@ def attend_kernel(
     offset_ptr,
     keys_ptr,
     values_ptr,
-    shifts_ptr,
+    columns_ptr,
     table_ptr,
     first_ptr,
     last_ptr,
@@ -314,11 +314,12 @@ def attend_kernel(
         m, total, sums = attend_packed(
             coded_ptr + head * (G * C), factor_ptr + head * G, offset_ptr + head * G,
             keys_ptr + h.to(tl.int64) * stride_kh, values_ptr + h.to(tl.int64) * stride_vh,
-            table_ptr + b.to(tl.int64) * stride_table, shifts_ptr, row, live_row,
+            table_ptr + b.to(tl.int64) * stride_table, columns_ptr, row, live_row,
             first + tl.zeros((M,), tl.int32), first, first, begin,
             tl.minimum(begin + span, last), cap,
             stride_kn, stride_vn, pages, C, V, M, KEY_BITS, VALUE_BITS, KEY_TILES, VALUE_TILES,
-            KEY_COLUMNS, VALUE_COLUMNS, PAGE, BLOCK, STAGES, HAS_CAP, CHECK, ASM, VALUE_BITS != 8,
+            KEY_COLUMNS, VALUE_COLUMNS, PAGE, BLOCK, STAGES, HAS_CAP, CHECK, ASM,
+            TABLE=VALUE_BITS != 8,  # integers are what fp8 takes already
         )  # fmt: skip
         sums_ptr += (head * SPLITS + n).to(tl.int64) * (G * V)
         store_sums(sums_ptr, sums, row, live_row, V, VALUE_BITS, VALUE_TILES, VALUE_COLUMNS)

@@ -21,7 +21,7 @@ from stillhouse.kernels.paged_attention.triton_attend import (
 from stillhouse.kernels.paged_attention.triton_merge import LN2, LOWEST
 
 
-@triton.jit(do_not_specialize=["rows", "raw_tokens", "window", "pages"])
+@triton.jit(do_not_specialize=["rows", "raw_tokens", "window", "pages", "stride_table"])
 def chunk_kernel(
     query_ptr,
     coded_ptr,
@@ -29,7 +29,7 @@ def chunk_kernel(
     offset_ptr,
     keys_ptr,
     values_ptr,
-    shifts_ptr,
+    columns_ptr,
     table_ptr,
     first_ptr,
     last_ptr,
@@ -96,10 +96,10 @@ def chunk_kernel(
     m, total, sums = attend_packed(
         coded_ptr + head * rows * C, factor_ptr + head * rows, offset_ptr + head * rows,
         keys_ptr + h.to(tl.int64) * stride_kh, values_ptr + h.to(tl.int64) * stride_vh,
-        table_ptr + b.to(tl.int64) * stride_table, shifts_ptr, row, live_row, seen, lowest, highest,
-        lowest // BLOCK * BLOCK, last, cap, stride_kn, stride_vn, pages, C, V, M,
+        table_ptr + b.to(tl.int64) * stride_table, columns_ptr, row, live_row, seen,
+        lowest, highest, lowest // BLOCK * BLOCK, last, cap, stride_kn, stride_vn, pages, C, V, M,
         KEY_BITS, VALUE_BITS, KEY_TILES, VALUE_TILES, KEY_COLUMNS, VALUE_COLUMNS, PAGE, BLOCK,
-        STAGES, HAS_CAP, CHECK, ASM, False,
+        STAGES, HAS_CAP, CHECK, ASM, TABLE=False,
     )  # fmt: skip
     store_sums(
         sums_ptr + head * rows * V, sums, row, live_row, V, VALUE_BITS, VALUE_TILES, VALUE_COLUMNS

@@ -77,23 +77,23 @@ def channel_of(tile: tl.constexpr, column, C: tl.constexpr, BITS: tl.constexpr):
     return tl.where(column < E * FOLD, channel, C)
 
 
-def column_shifts(channels: int, bits: int) -> tuple[list[int], list[int]]:
-    """How far the bits of a tile's columns are shifted right, 32 each: of a row's bytes, and of the
-    plane of 1 bit. Kernels load them: Triton decodes where a product wants its factor only if all
-    that it is made from are loads and constants."""
+def column_tables(channels: int, bits: int) -> tuple[list[int], list[int]]:
+    """Of a tile's columns, 32 each: how far a row's bytes are shifted right, and whether (all ones)
+    the plane of 1 bit is shifted by one more. Kernels load them: Triton decodes where a product
+    wants its factor only if all that it is made from are loads and constants."""
     each, columns = elements(channels, bits), range(32)
     if bits not in (2, 3):
         return [0] * 32, [0] * 32
     half = [column // each * 4 % 8 for column in columns]  # in folded tiles
-    third = [h + column % each // (each // 2) for h, column in zip(half, columns, strict=True)]
-    return half, third if bits == 3 else [0] * 32
+    odd = [0xFFFF * (column % each // (each // 2)) for column in columns]
+    return half, odd if bits == 3 else [0] * 32
 
 
 @triton.jit
-def load_shifts(shifts_ptr, S: tl.constexpr, BITS: tl.constexpr):
-    """Both of `column_shifts`, uint16 [S]; outside of the loop."""
+def load_columns(columns_ptr, S: tl.constexpr, BITS: tl.constexpr):
+    """Both of `column_tables`, uint16 [S]; outside of the loop."""
     if BITS == 2 or BITS == 3:
-        return tl.load(shifts_ptr + tl.arange(0, S)), tl.load(shifts_ptr + 32 + tl.arange(0, S))
+        return tl.load(columns_ptr + tl.arange(0, S)), tl.load(columns_ptr + 32 + tl.arange(0, S))
     else:
         return tl.zeros((S,), tl.uint16), tl.zeros((S,), tl.uint16)
 
@@ -103,7 +103,7 @@ def unpack(
     rows,
     live,
     place,
-    shifts,
+    columns,
     C: tl.constexpr,
     S: tl.constexpr,
     BITS: tl.constexpr,
@@ -115,7 +115,7 @@ def unpack(
     """A tuple of float16 tiles [T, S] without scalars: centroids times √C, or fp8 numbers.
 
     rows: where each token's half page begins, a pointer to bytes or [T] of them. place: int32 [T],
-    in it. shifts: of `load_shifts`. MASKED: tokens that are not live are not read. TABLE: 3 bits
+    in it. columns: of `load_columns`. MASKED: tokens that are not live are not read. TABLE: 3 bits
     are looked up, exact, and 4 bits are two tuples, one behind the other: indices, times 16 in odd
     tiles, and bytes of `SPLIT4`, both in units of 2^-24.
     """
@@ -124,13 +124,13 @@ def unpack(
     column = tl.arange(0, S)
     row = (rows + place * (2 * E)).to(tl.pointer_type(tl.uint16))
     packed = _elements(row, column % E, column < E * FOLD, live, E * FOLD == S, MASKED)
-    half = tl.broadcast_to(shifts[0][None, :], packed.shape)
+    half = tl.broadcast_to(columns[0][None, :], packed.shape)
     if BITS == 3:
         HALF: tl.constexpr = E // 2
         row = (rows + PAGE * (2 * E) + place * E).to(tl.pointer_type(tl.uint16))
         high = _elements(row, column % HALF, column < E * FOLD, live, E * FOLD == S, MASKED)
-        third = tl.broadcast_to(shifts[1][None, :], packed.shape)
-        return _unpack3(packed, high, third, half, FOLD, ASM, TABLE)
+        odd = tl.broadcast_to(columns[1][None, :], packed.shape)
+        return _unpack3(packed, high, odd, half, FOLD, ASM, TABLE)
     elif BITS == 2:
         return _unpack2(packed, half, FOLD, ASM)
     elif BITS == 4:
@@ -185,16 +185,16 @@ def _unpack2(packed, half, FOLD: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def _unpack3(
-    low, high, shift, half, FOLD: tl.constexpr, ASM: tl.constexpr, TABLE: tl.constexpr,
+    low, high, odd, half, FOLD: tl.constexpr, ASM: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     if ASM and FOLD == 2:
         return tl.inline_asm_elementwise(
-            FOLD_TABLE_CODE3 if TABLE else FOLD_CODE3, FOLD_WIRES3, [low, high, shift, half],
+            FOLD_TABLE_CODE3 if TABLE else FOLD_CODE3, FOLD_WIRES3, [low, high, odd, half],
             (tl.float16, tl.float16, tl.float16, tl.float16), True, 2,
         )  # fmt: skip
     elif ASM:
         return tl.inline_asm_elementwise(
-            TABLE_CODE3 if TABLE else CODE3, WIRES3, [low, high, shift],
+            TABLE_CODE3 if TABLE else CODE3, WIRES3, [low, high, odd],
             (tl.float16, tl.float16, tl.float16, tl.float16,
              tl.float16, tl.float16, tl.float16, tl.float16), True, 2,
         )  # fmt: skip
@@ -203,7 +203,8 @@ def _unpack3(
         found = ()
         for tile in tl.static_range(2 * FIELDS):
             at = tile // FIELDS * 8 + tile % FIELDS * 2
-            index = ((low >> (half + at)) & 3) | (((high >> (shift + at)) & 1) << 2)
+            third = (high >> (half + (odd & 1) + at)) & 1
+            index = ((low >> (half + at)) & 3) | (third << 2)
             if TABLE:
                 found = found + (_entry(index, CENTROIDS3, 8).to(tl.float16),)
             else:

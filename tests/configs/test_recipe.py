@@ -104,3 +104,11 @@ def test_a_refused_uri_keeps_its_password_to_itself(tree: dict[str, Any]) -> Non
     with pytest.raises(ConfigError, match="begins with postgres:") as refused:
         check(tree | {"tracking": {"uri": "postgres://user:pa55@host/db"}})
     assert "pa55" not in str(refused.value)
+
+
+@pytest.mark.parametrize("more", [{"key_bits": 5}, {"value_bits": 1}, {"calibrate": False}])
+def test_one_channel_group_is_of_a_fitted_cache(tree: dict[str, Any], more: dict) -> None:
+    tree["compress"] = {"channel_groups": 1} | more
+    assert "of a calibrated cache with 2, 3 or 4 bits, found" in refused(tree)
+    tree["compress"] = {"channel_groups": 1, "key_bits": 3}
+    assert check(tree).compress.channel_groups == 1

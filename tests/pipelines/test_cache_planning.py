@@ -50,7 +50,7 @@ def test_a_fitted_plan_tells_what_values_that_do_not_fold_take(tmp_path):
         ({"key_bits": 8, "value_bits": 3}, "k8v3"),
         ({"budget_kl": 0.1}, "fitted:5"),
         ({"budget_kl": 0.1, "channel_groups": 1}, "fitted:4"),
-        ({"key_bits": 5, "value_bits": 5, "channel_groups": 1}, "fitted:4"),
+        ({"key_bits": 4, "value_bits": 3, "channel_groups": 1}, "fitted:3.5"),
     ],
 )
 def test_a_recipes_target_in_its_own_format(line: Line, compress, name):

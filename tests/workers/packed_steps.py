@@ -34,12 +34,13 @@ def fitted(layers: int, sinks: int, recent: int, head_dim: int = HEAD_DIM) -> Fi
 def scheme(
     name: str, layers: int, sinks: int, recent: int, head_dim: int = HEAD_DIM
 ) -> FittedScheme | SameCodecScheme:
-    """`fitted`, `fp8`, or `mse`, 4 bits for keys and 3 for values."""
+    """`fitted`, `fp8`, or `mse` and `planes`: 4 bits for keys and 3 for values, or the reverse."""
     if name == "fitted":
         return fitted(layers, sinks, recent, head_dim)
     if name == "fp8":
         return SameCodecScheme(lambda dim, _kind, _device: Fp8Codec(dim), sinks, recent)
-    return ObliviousScheme(CacheFormat(4, 3, sinks=sinks, recent=recent))
+    bits = (3, 4) if name == "planes" else (4, 3)
+    return ObliviousScheme(CacheFormat(*bits, sinks=sinks, recent=recent))
 
 
 @torch.no_grad()

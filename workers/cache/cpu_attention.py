@@ -6,7 +6,7 @@ channels.
 
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from stillhouse.kernels.turboquant import ChannelGroup, FittedCodec, Fp8Codec, F
 from stillhouse.workers.cache.rows import Rows
 from stillhouse.workers.cache.visible import ranges, raw_parts
 
-_DECODERS: WeakKeyDictionary[Any, tuple[Any, Any]] = WeakKeyDictionary()
+_DECODERS: WeakKeyDictionary[Any, tuple[Any, Any, Any]] = WeakKeyDictionary()
 
 
 def attend_rows(
@@ -57,11 +57,11 @@ def _decoder(codec: Any, shown: Any, group: int, softcap: float) -> Any:
     from stillhouse.kernels.paged_attention import cpu
 
     found = _DECODERS.get(codec)
-    if found is None or found[0] != (id(shown), group, softcap):
+    if found is None or found[0]() is not shown or found[1] != (group, softcap):
         format = RecordFormat.of(_format(codec), _format(shown))
-        found = (id(shown), group, softcap), cpu.decoder(format, group, softcap)
+        found = ref(shown), (group, softcap), cpu.decoder(format, group, softcap)
         _DECODERS[codec] = found
-    return found[1]
+    return found[2]
 
 
 def _format(codec: Any) -> VectorFormat:

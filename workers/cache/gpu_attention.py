@@ -34,6 +34,7 @@ def attend_pages(
     keys, values = (part.packed for part in rows)
     assert isinstance(keys, PageStorage)
     assert isinstance(values, PageStorage)
+    keys.require_twin(values)
     packed, raw_ranges = ranges(rows[0], visible)
     raw = _raw_tokens(rows, raw_ranges)
     shown = [(keys.first + begin, keys.first + end) for begin, end in packed]

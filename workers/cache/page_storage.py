@@ -52,7 +52,8 @@ class PageStorage:
     @property
     def all_pages(self) -> Tensor:
         """uint8 [N, H, Y], all sequences'."""
-        return self.pages_BWHY.flatten(0, 1)
+        batch, pages, heads, size = self.pages_BWHY.shape
+        return self.pages_BWHY.view(batch * pages, heads, size)  # a copy would not be written to
 
     @property
     def nbytes(self) -> int:
@@ -65,7 +66,8 @@ class PageStorage:
         return self.pages_BWHY.shape[1] * self.half.tokens
 
     def _pages_for(self, length: int) -> int:
-        """How many pages so many tokens from `first` on take; the first is not shared with them."""
+        """How many pages so many tokens from `first` on take; that of the first token is none of
+        the last ones', though the ring may have room there."""
         return -(-(self.first % self.half.tokens + length) // self.half.tokens)
 
     def append_both(
@@ -74,6 +76,7 @@ class PageStorage:
         """See `PackedStorage`; one launch. Nothing is refused: see `gpu_store` for what a vector
         with a NaN stores."""
         tokens = key_BHTD.shape[2]
+        self.require_twin(values)
         keys, values = self._with_room(tokens), values._with_room(tokens)
         self.tables.store.store(
             _in_rows(key_BHTD),
@@ -85,6 +88,12 @@ class PageStorage:
         )
         length = self.length + tokens
         return replace(keys, length=length), replace(values, length=length)
+
+    def require_twin(self, values: "PageStorage") -> None:
+        """AssertionError unless keys and values, which kernels find by the keys' table, lie in the
+        same places: they do as long as both see the same changes."""
+        assert (self.first, self.length) == (values.first, values.length)
+        assert self.table_BW.shape == values.table_BW.shape
 
     def _with_room(self, tokens: int) -> "PageStorage":
         wanted, pages = self._pages_for(self.length + tokens), self.pages_BWHY.shape[1]
@@ -133,7 +142,7 @@ class PageStorage:
         return x_HBT.transpose(0, 1).contiguous()
 
     def cut(self, part: slice) -> "PageStorage":
-        """See `PackedStorage`; pages are freed once fewer than half of them are used."""
+        """See `PackedStorage`; pages are freed once fewer than about half of them are used."""
         start, stop, _ = part.indices(self.length)
         length = max(stop - start, 0)
         first = (self.first + start) % max(self._room, 1) if length else 0

@@ -17,7 +17,7 @@ from triton.runtime.errors import InterpreterError
 from stillhouse.kernels.paged_attention.gpu import CodedBasis, GpuDecoder, RawTokens, Sequences
 from stillhouse.kernels.paged_attention.gpu_configs import AttendShape, split_count
 from stillhouse.kernels.paged_attention.reference import attend_reference
-from stillhouse.kernels.turboquant import ChannelGroup, MseCodec
+from stillhouse.kernels.turboquant import ChannelGroup, HalfCodec, MseCodec
 from tests.kernels.paged_attention.gpu_pages import Paged, codec_of, fitted, paged
 
 # The interpreter cuts bfloat16 off where a GPU rounds it; float16 shows the kernel's own error.
@@ -304,8 +304,13 @@ def test_codecs_that_no_kernel_reads_are_refused() -> None:
     for codec in (MseCodec(64, 5, "unbiased"), MseCodec(32, 4, "unbiased")):
         with pytest.raises(ValueError, match="expected one group of 64, 80, … 256 channels"):
             CodedBasis.of(codec, "cpu")
-    with pytest.raises(ValueError, match="law 'gaussian', found 'sphere'"):
+    with pytest.raises(ValueError, match="law 'gaussian' and 2, 3 or 4 bits, found 'sphere'"):
         CodedBasis.of(MseCodec(64, 4, "unbiased", law="sphere"), "cpu")
+    with pytest.raises(ValueError, match="2, 3 or 4 bits, found 'gaussian' and 8 bits"):
+        CodedBasis.of(MseCodec(64, 8, "unbiased"), "cpu")  # no fp8: its vectors are rotated
+    half: Any = HalfCodec(64)
+    with pytest.raises(ValueError, match="expected an MseCodec, FittedCodec or Fp8Codec, found"):
+        CodedBasis.of(half, "cpu")
     two = fitted(4, 64, 96, 1)
     two._groups = (ChannelGroup(64, 4), ChannelGroup(32, 2))
     with pytest.raises(ValueError, match=r"found \[\(64, 4\), \(32, 2\)\]"):
@@ -328,7 +333,9 @@ def test_the_debug_mode_finds_a_page_that_does_not_exist() -> None:
 def test_splits_fill_a_gpu_once_and_have_two_tiles_or_more() -> None:
     shape = AttendShape(128, 128, 128, 4, 4, 4, 128)
     assert split_count(shape, 8, 100, 132) == 1
-    assert split_count(shape, 8, 131_072, 132) > 16
+    # 2 warps each: 4 programs on an SM.
+    assert split_count(shape, 8, 131_072, 132) == 132 * 4 // 8
+    assert split_count(shape, 128, 32_768, 132) == 132 * 4 // 128
     assert split_count(shape, 10_000, 131_072, 132) == 1
     counts = [split_count(shape, 8, tokens, 132) for tokens in range(1, 20_000, 97)]
     assert counts == sorted(counts)

@@ -25,8 +25,8 @@ from stillhouse.kernels.paged_attention.reference import coded_vectors
 from stillhouse.kernels.paged_attention.triton_attend import BIAS, SLOPE, STEP
 from stillhouse.kernels.paged_attention.triton_unpack import (
     channel_of,
-    column_shifts,
-    load_shifts,
+    column_tables,
+    load_columns,
     tile_columns,
     tile_count,
     unpack,
@@ -91,20 +91,28 @@ def test_folded_rows_of_2_bits_are_shifted_first() -> None:
         np.testing.assert_allclose(values, centroids(2)[index], rtol=WORST[2])
 
 
+def test_what_is_shifted_as_a_pair_is_a_pair() -> None:
+    for channels in range(64, 257, 16):
+        for bits in (2, 3):
+            half, odd = column_tables(channels, bits)
+            assert half[::2] == half[1::2]
+            assert set(odd) <= {0, 0xFFFF}
+
+
 @pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("table", [False, True])
 def test_3_bits_take_their_third_from_the_other_plane(table: bool, fold: bool) -> None:
     low, high = elements(6), elements(7)
     half = shifts(low, 2) * 4 if fold else np.zeros_like(low)
-    shift = half + shifts(high, 2)
+    odd = np.random.default_rng(2).integers(0, 2, high.shape).astype(np.uint16)  # in any pair
     more = [half.astype(np.uint16)] if fold else []
     assembly = table3_assembly(fold) if table else unpack3_assembly(fold)
-    found = outputs(assembly, low, high, shift.astype(np.uint16), *more)
+    found = outputs(assembly, low, high, odd * np.uint16(0xFFFF), *more)
     assert len(found) == (4 if fold else 8)
     for tile, values in enumerate(found):
         fields = len(found) // 2
         at = tile // fields * 8 + tile % fields * 2
-        index = (low >> (half + at) & 3) | (high >> (shift + at) & 1) << 2
+        index = (low >> (half + at) & 3) | (high >> (half + odd + at) & 1) << 2
         wanted = centroids(3)[index]
         if table:
             np.testing.assert_array_equal(values, wanted.astype(np.float16))
@@ -155,14 +163,14 @@ def test_the_error_over_the_codebooks_law_is_what_the_module_says(bits: int) -> 
 
 @triton.jit
 def _decode_kernel(
-    page_ptr, shifts_ptr, out_ptr, count, stride_page,
+    page_ptr, columns_ptr, out_ptr, count, stride_page,
     C: tl.constexpr, S: tl.constexpr, TILES: tl.constexpr, BITS: tl.constexpr,
     PAGE: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     token = tl.arange(0, PAGE)
     rows = page_ptr + tl.program_id(0) * stride_page
-    shifts = load_shifts(shifts_ptr, S, BITS)
-    found = unpack(rows, token < count, token, shifts, C, S, BITS, PAGE, MASKED, ASM, TABLE)
+    columns = load_columns(columns_ptr, S, BITS)
+    found = unpack(rows, token < count, token, columns, C, S, BITS, PAGE, MASKED, ASM, TABLE)
     for tile in tl.static_range(TILES):
         channel = channel_of(tile, tl.arange(0, S), C, BITS)
         place = (tl.program_id(0) * PAGE + token)[:, None] * C + channel[None, :]
@@ -188,10 +196,10 @@ def test_tiles_hold_every_channel_of_every_token(
     wanted = coded_vectors(packed, one, half.format) * (1 if bits == 8 else channels**0.5)
     out = torch.empty((2, tokens, channels), dtype=torch.float32, device=device)
     columns = tile_columns(channels, bits)
-    shifted = torch.tensor(column_shifts(channels, bits), dtype=torch.uint16, device=device)
+    tables = torch.tensor(column_tables(channels, bits), dtype=torch.uint16, device=device)
     assert columns == padded(columns) >= 16
     _decode_kernel[(2,)](
-        pages.to(device), shifted, out, 9 if masked else tokens, half.nbytes, channels, columns,
+        pages.to(device), tables, out, 9 if masked else tokens, half.nbytes, channels, columns,
         tile_count(channels, bits), bits, 16, masked, device == "cuda", bool(table),
     )  # fmt: skip
     seen = 9 if masked else tokens
