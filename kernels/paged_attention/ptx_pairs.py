@@ -47,7 +47,7 @@ def unpack_assembly(bits: int, fold: bool) -> Assembly:
 def unpack3_assembly(fold: bool) -> Assembly:
     """3 bits; inputs as `planes3` takes them."""
     write = Writer()
-    even, odd = (write.byte_words(word) for word in planes3(write, fold))
+    even, odd = (write.byte_words(word) for word in planes3(write, fold, clean=False))
     found = [
         _centroid(write, write.field(word[byte], 7 << at, _ONE), at, 3)
         for byte in range(2)

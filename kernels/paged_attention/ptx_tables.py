@@ -67,7 +67,7 @@ def table3_assembly(fold: bool) -> Assembly:
     """3 bits, as `ptx_pairs.unpack3_assembly`, but exact."""
     write = Writer()
     nibbles = (0, 2) if fold else (0, 1, 2, 3)
-    words = [_looked_up3(write, word, nibbles) for word in planes3(write, fold)]
+    words = [_looked_up3(write, word, nibbles) for word in planes3(write, fold, clean=True)]
     # The bytes' nibbles, and of each the even and the odd index.
     found = [word[n] for n in range(len(nibbles)) for word in words]
     return write.assembly(found, 3 + fold)

@@ -69,10 +69,10 @@ class Writer:
             "prmt.b32", low, high, f"0x{sum(n << 4 * at for at, n in enumerate(places)):04x}"
         )
 
-    def nibbles3(self, low: str, high: str) -> tuple[str, str]:
+    def nibbles3(self, low: str, third: str) -> tuple[str, str]:
         """Indices of 3 bits from both planes, one a nibble: those at bits 0 and 4 of the bytes of
-        `low`, and those at bits 2 and 6; their third bits are bits 0, 2, 4 and 6 of `high`."""
-        third = self.put("and.b32", high, "0x55555555")
+        `low`, and those at bits 2 and 6; their third bits are bits 0, 2, 4 and 6 of `third`, whose
+        others are the nibbles' topmost."""
         mask, either = "0x33333333", "0xca"  # mask ? low : third
         even = self.put("lop3.b32", mask, low, self.put("shl.b32", third, "2"), either)
         odd = self.put("lop3.b32", mask, self.put("shr.u32", low, "2"), third, either)
@@ -86,14 +86,18 @@ class Writer:
         return Assembly(code, ",".join(["=r"] * len(outputs) + ["r"] * inputs))
 
 
-def planes3(write: Writer, fold: bool) -> tuple[str, str]:
-    """`nibbles3` of the inputs behind all outputs: the plane of 2 bits, that of 1 bit, and which
-    bits of the latter are wanted: 0 for bits 0, 2, 4, 6, all ones for bits 1, 3, 5, 7. With `fold`
-    also how far both are shifted right first, 0 or 4, the same for a pair: only the lower half of
-    each byte is wanted then."""
+def planes3(write: Writer, fold: bool, *, clean: bool) -> tuple[str, str]:
+    """`nibbles3`, the topmost bit of each 0 if `clean`, of the inputs behind all outputs.
+
+    These are the plane of 2 bits, that of 1 bit, and which bits of the latter are wanted: 0 for
+    bits 0, 2, 4, 6, all ones for bits 1, 3, 5, 7. With `fold` also how far both are shifted right
+    first, 0 or 4, the same for a pair: only the lower half of each byte is wanted then.
+    """
     low, high, odd, half = (f"${(4 if fold else 8) + n}" for n in range(4))
     if fold:
         low, high = write.shifted(low, half), write.shifted(high, half)
     # Elements of a pair may differ in this: neighbours in a row, of another run each.
     high = write.put("lop3.b32", odd, write.put("shr.u32", high, "1"), high, "0xca")
+    if clean:
+        high = write.put("and.b32", high, "0x55555555")
     return write.nibbles3(low, high)
