@@ -18,7 +18,7 @@ def test_codecs_that_are_refused(device: str) -> None:
         GpuStore(MseCodec(64, 5, "norm"), good, 16, device=device)
     with pytest.raises(ValueError, match="expected a head size of 64, 80, … 256, found 32"):
         GpuStore(Fp8Codec(32), good, 16, device=device)
-    with pytest.raises(ValueError, match="law 'gaussian', found 'sphere'"):
+    with pytest.raises(ValueError, match="law 'gaussian' and 2, 3 or 4 bits, found 'sphere'"):
         GpuStore(good, MseCodec(64, 4, "norm", law="sphere"), 16, device=device)
     with pytest.raises(ValueError, match="one head size, found 64 and 80"):
         GpuStore(good, codec_of(4, 80), 16, device=device)
