@@ -219,8 +219,8 @@ class PackedDecoder:
     def _run(
         self, code: Compiled, words: dict[str, int], kept: object, threads: int | None
     ) -> None:
+        words["threads"] = threads = min(threads or torch.get_num_threads(), words["items"])
         job = _Job(*map(words.get, JOB_WORDS, repeat(0)))
-        threads = min(threads or torch.get_num_threads(), words["items"])
         run_together(code, ctypes.addressof(job), threads, (self._books, kept, job))
 
 

@@ -29,17 +29,19 @@ _CHAINS = 8  # sums that run side by side, so that a fused multiply-add's latenc
 
 def range_function(module: ir.Module, spec: DecodeSpec) -> ir.Function:
     """attend(keys, key_scalars, key_stride, values, value_scalars, value_stride, table, first,
-        last, q, offset, books, softcap, acc, ml)
+        last, jump, final, q, offset, books, softcap, acc, ml)
 
     keys, values and their float16 scalars: the head's bytes of page 0; strides: bytes to those of
     the next page. table: int32 page of each `tokens` tokens. first, last: tokens [first, last).
+    jump, final: the thread's next tokens are most likely so many past `last`, up to `final`.
     q: float32 [G, C], times what makes scores exponents of 2. offset: float32 [G], added to scores.
     books: float32 [groups, 32] of keys, then of values. softcap: in those units. acc: float32
     [G, V], out: Σ 2^(s - m) · value. ml: float32 [G, 2], out: m and Σ 2^(s - m).
     """
     floats = F32.as_pointer()
     bases = [BYTES, BYTES, I64, BYTES, BYTES, I64]
-    kinds = [*bases, I32.as_pointer(), I64, I64, floats, floats, floats, F32, floats, floats]
+    ends = [I64, I64, I64, I64]
+    kinds = [*bases, I32.as_pointer(), *ends, floats, floats, floats, F32, floats, floats]
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), kinds), "attend")
     function.linkage = "internal"
     # No pointer is `noalias`: LLVM would keep a broadcast of every query on the stack.
@@ -51,10 +53,10 @@ class _RangeWriter(PageWriter):
     """Writes the body of the function."""
 
     def __init__(self, spec: DecodeSpec, function: ir.Function) -> None:
-        super().__init__(function, spec.permute, function.args[11], spec.pages)
+        super().__init__(function, spec.permute, function.args[13], spec.pages)
         self.spec = spec
         self.key_parts, self.value_parts = function.args[:3], function.args[3:6]
-        self.table, self.first, self.last, self.q, *rest = function.args[6:]
+        self.table, self.first, self.last, self.jump, self.final, self.q, *rest = function.args[6:]
         self.offset, _, self.softcap, self.acc, self.ml = rest
         self.width = value_lanes(self.value.format)[-1]
         self.lane_number = ir.Constant(VI, list(range(LANES)))
@@ -74,7 +76,7 @@ class _RangeWriter(PageWriter):
         start = b.and_(self.first, ir.Constant(I64, -LANES))
         soon = self.smallest(b.add(start, I64(_AHEAD)), self.last)
         with self.loop(start, soon, LANES) as at:
-            for line in self.lines_of(at):
+            for line in self.lines_of(at, self.last):
                 self.prefetch(*line)
         with self.loop(start, self.last, _BLOCK) as token:
             self.block(token)
@@ -114,13 +116,19 @@ class _RangeWriter(PageWriter):
         first, last = (self.broadcast(b.trunc(end, I32)) for end in (begin, self.last))
         return b.and_(b.icmp_signed(">=", at, first), b.icmp_signed("<", at, last))
 
+    def lines_ahead(self, at: Any) -> list[tuple[Any, int]]:
+        """Those of 16 tokens from `at` on, which past the end is where the thread goes on."""
+        b = self.b
+        beyond = b.icmp_signed(">=", at, self.last)
+        return self.lines_of(b.select(beyond, b.add(at, self.jump), at), self.final)
+
     # Scores
 
     def score_lanes(self, at: Any, row: Any) -> None:
         """Scores of 16 tokens, and the greatest of the block in each lane."""
         b = self.b
         place, begin, (slot, keys, key_scalars, _, _) = self.lanes_at(at)
-        scores = self.products(keys, slot, self.lines_of(self.b.add(at, I64(_AHEAD))))
+        scores = self.products(keys, slot, self.lines_ahead(self.b.add(at, I64(_AHEAD))))
         if not self.key.format.is_fp8:
             scale = self.halves(key_scalars, slot)
             scores = [b.fmul(score, scale) for score in scores]

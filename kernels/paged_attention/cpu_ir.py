@@ -63,7 +63,8 @@ class _RunWriter(LaneWriter):
         begin = self.largest(start, first)
         end = self.smallest(b.add(start, size), last)
         with b.if_then(b.icmp_signed("<", begin, end), likely=True):
-            self.attend_split(item, sequence, head, begin, end)
+            jump = b.mul(b.sub(self.job.word("threads"), I64(1)), size)
+            self.attend_split(item, sequence, head, (begin, end, jump, last))
         count = b.sub(b.udiv(b.add(last, b.sub(size, I64(1))), size), skipped)
         count = b.select(b.icmp_signed("<", first, last), count, I64(0))
         done = self.taken(b.gep(self.job.pointer("done", _JOB), [place]))
@@ -76,7 +77,7 @@ class _RunWriter(LaneWriter):
         times = b.udiv(b.add(last, I64(whole - 1)), I64(whole))
         return b.mul(self.largest(times, I64(1)), I64(SPLIT_TOKENS))
 
-    def attend_split(self, item: Any, sequence: Any, head: Any, begin: Any, end: Any) -> None:
+    def attend_split(self, item: Any, sequence: Any, head: Any, ends: tuple[Any, ...]) -> None:
         """Where the sequence's head lies, its queries, and where its sums go."""
         b, job, group = self.b, self.job, self.spec.group
         place = b.udiv(item, job.word("splits"))
@@ -96,8 +97,7 @@ class _RunWriter(LaneWriter):
             [
                 *halves,
                 b.bitcast(table, I32.as_pointer()),
-                begin,
-                end,
+                *ends,
                 self.row("query", place, group * channels),
                 self.row("offset", place, group),
                 job.pointer("books", FLOATS),

@@ -60,10 +60,11 @@ class PageWriter(UnpackWriter):
             if plane.group == place
         ]
 
-    def lines_of(self, at: Any) -> list[tuple[Any, int]]:
-        """The cache lines of 16 tokens, keys and values; of the last ones instead of later ones."""
+    def lines_of(self, at: Any, last: Any) -> list[tuple[Any, int]]:
+        """The cache lines of 16 tokens, keys and values; instead of those from `last` on, of the
+        ones before."""
         b = self.b
-        final = b.and_(b.sub(self.last, I64(1)), ir.Constant(I64, -LANES))
+        final = b.and_(b.sub(last, I64(1)), ir.Constant(I64, -LANES))
         token = self.smallest(at, final)
         slot, keys, key_scalars, values, value_scalars = self.page_of(token)
         lines = []

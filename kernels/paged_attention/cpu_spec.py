@@ -21,7 +21,7 @@ RAW_WORDS = ("keys", "key_row", "key_head", "key_token",
              "values", "value_row", "value_head", "value_token")  # fmt: skip
 JOB_WORDS = (
     "next", "done",  # counters: of work items taken, and of those finished of each head
-    "heads", "items", "splits", "softcap", "spans",
+    "heads", "items", "splits", "threads", "softcap", "spans",
     *(f"key_{word}" for word in HALF_WORDS), *(f"value_{word}" for word in HALF_WORDS),
     "table", "table_row", "query", "offset", "books",
     "acc", "ml", "top", "total", "out",
