@@ -12,9 +12,17 @@ a tile), T tokens of a tile, N splits.
 import triton
 import triton.language as tl
 
-from stillhouse.kernels.paged_attention.ptx_tables import SPLIT4, UNIT
 from stillhouse.kernels.paged_attention.triton_merge import LOWEST
 from stillhouse.kernels.paged_attention.triton_query import coded_queries
+from stillhouse.kernels.paged_attention.triton_scores import (
+    SLOPE,
+    STEP,
+    capped,
+    exponent,
+    raw_product,
+    scalars,
+    split_queries,
+)
 from stillhouse.kernels.paged_attention.triton_unpack import (
     channel_of,
     load_columns,
@@ -23,56 +31,6 @@ from stillhouse.kernels.paged_attention.triton_unpack import (
 
 # Products of a weight and a scalar stay below 2^14; float16 ends at 2^16.
 HEADROOM = tl.constexpr(14.0)
-SLOPE, STEP = tl.constexpr(SPLIT4.slope / UNIT), tl.constexpr(SPLIT4.step / UNIT)
-BIAS = tl.constexpr(SPLIT4.bias)
-
-
-@triton.jit
-def scalars(rows, live, place, C: tl.constexpr, BITS: tl.constexpr, PAGE: tl.constexpr):
-    """float32 [T] of a half page's tokens, 0 where not live; infinities become NaN."""
-    at = (rows + PAGE * (C * BITS // 8)).to(tl.pointer_type(tl.float16))
-    value = tl.load(at + place, mask=live, other=0.0).to(tl.float32)
-    return value * 0.0 + value
-
-
-@triton.jit
-def _exponent(scalar):
-    """A number above log2 of a scalar's size and at most 0.1 more; -24 for one below float16's."""
-    bits = scalar.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    return tl.maximum(bits.to(tl.float32) * 2.0**-23 - 126.91, -24.0)
-
-
-@triton.jit
-def capped(score, cap, HAS_CAP: tl.constexpr):
-    """cap · tanh(score / cap)."""
-    if HAS_CAP:
-        # exp2 of at most 0, so that nothing overflows
-        small = tl.exp2(-tl.abs(score) * (2.8853900817779268 / cap))
-        size = cap * (1.0 - small) / (1.0 + small)
-        score = tl.where(score < 0, -size, size)
-    return score
-
-
-@triton.jit
-def raw_product(a, b, sums, ASM: tl.constexpr):
-    """a · b + sums of numbers in 16 bits."""
-    if ASM:
-        return tl.dot(a, b, sums)
-    else:  # the interpreter multiplies the bits of bfloat16 as if they were integers
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), sums)
-
-
-@triton.jit
-def _split_queries(query, M: tl.constexpr, TILES: tl.constexpr):
-    """Queries for tiles of indices, of which odd ones are 16 times as large, and what a product
-    with the centroids has beside those with indices and bytes."""
-    indexed = ()
-    total = tl.zeros((M,), tl.float32)
-    for tile in tl.static_range(TILES):
-        wide = query[tile].to(tl.float32)
-        total += tl.sum(wide, axis=1)
-        indexed = indexed + ((wide / 16).to(tl.float16) if tile % 2 else query[tile],)
-    return indexed, total * -BIAS
 
 
 @triton.jit
@@ -96,7 +54,7 @@ def attend_packed(
     offset = tl.load(offset_ptr + row, mask=live_row, other=0.0)
     query = coded_queries(coded_ptr, row, live_row, C, KEY_COLUMNS, KEY_TILES, KEY_BITS)
     if SPLIT:
-        indexed, bias = _split_queries(query, M, KEY_TILES)
+        indexed, bias = split_queries(query, M, KEY_TILES)
         bias *= factor
     m = tl.zeros((M,), tl.float32) + LOWEST
     total = tl.zeros((M,), tl.float32)
@@ -153,7 +111,7 @@ def attend_packed(
         product = score
         if VALUE_BITS != 8:
             scalar = scalars(value_rows, live, place, V, VALUE_BITS, PAGE)
-            product += _exponent(scalar)[None, :]
+            product += exponent(scalar)[None, :]
         top = tl.maximum(m, tl.max(product, axis=1) - HEADROOM)
         weight = tl.exp2(score - top[:, None])
         fade = tl.exp2(m - top)

@@ -12,13 +12,9 @@ values.
 import triton
 import triton.language as tl
 
-from stillhouse.kernels.paged_attention.triton_attend import (
-    attend_packed,
-    capped,
-    raw_product,
-    store_sums,
-)
+from stillhouse.kernels.paged_attention.triton_attend import attend_packed, store_sums
 from stillhouse.kernels.paged_attention.triton_merge import LN2, LOWEST
+from stillhouse.kernels.paged_attention.triton_scores import capped, raw_product
 
 
 @triton.jit(do_not_specialize=["rows", "raw_tokens", "window", "pages", "stride_table"])

@@ -22,7 +22,7 @@ from stillhouse.kernels.paged_attention.ptx_tables import (
 )
 from stillhouse.kernels.paged_attention.ptx_writer import Assembly
 from stillhouse.kernels.paged_attention.reference import coded_vectors
-from stillhouse.kernels.paged_attention.triton_attend import BIAS, SLOPE, STEP
+from stillhouse.kernels.paged_attention.triton_scores import BIAS, SLOPE, STEP
 from stillhouse.kernels.paged_attention.triton_unpack import (
     channel_of,
     column_tables,
