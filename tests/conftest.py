@@ -46,3 +46,18 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowSe
     server.start()
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="module")
+def numpy_may_overflow() -> Iterator[None]:
+    import numpy as np  # not before the environment is set
+
+    # Triton's interpreter computes with NumPy, which warns where a GPU gives an infinity.
+    with np.errstate(all="ignore"):
+        yield
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where Triton's kernels run: interpreted, or compiled."""
+    return str(request.param)

@@ -1,22 +1,11 @@
 """What tests of Triton kernels share: `pytest -m gpu` compiles them, else they are interpreted."""
 
-from collections.abc import Iterator
-
-import numpy as np
 import pytest
 
 
-@pytest.fixture(autouse=True)
-def numpy_may_overflow() -> Iterator[None]:
-    # The interpreter computes with NumPy, which warns where a GPU gives an infinity.
-    with np.errstate(all="ignore"):
-        yield
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    """Where Triton's kernels run: interpreted, or compiled."""
-    return str(request.param)
+@pytest.fixture(autouse=True, scope="module")
+def _overflows(numpy_may_overflow: None) -> None:
+    """In every test."""
 
 
 @pytest.fixture

@@ -5,10 +5,8 @@
 
 import copy
 import math
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -30,22 +28,12 @@ from tests.workers import cache_models
 from tests.workers.cache_models import HEADS
 from tests.workers.packed_steps import scheme
 
+pytestmark = pytest.mark.usefixtures("numpy_may_overflow")
 DIM, PAGE = 64, 16
 PAGES = CacheStorage("pages", PAGE)
 FP8 = Fp8Codec(DIM)
 PLANES = MseCodec(DIM, 3, "unbiased")  # two planes and scalars
 Pair = tuple[PackedStorage, PackedStorage]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def numpy_may_overflow() -> Iterator[None]:
-    with np.errstate(all="ignore"):  # the interpreter computes with NumPy
-        yield
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 def vectors(batch: int, tokens: int, seed: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor]:
@@ -61,6 +49,11 @@ def empty(kind: CacheStorage, codec: Any, batch: int, device: str = "cpu") -> Pa
 
 def appended(pair: Pair, states: tuple[Tensor, Tensor]) -> Pair:
     return pair[0].append_both(pair[1], *states)
+
+
+def reordered(pair: Pair, order: Tensor) -> Pair:
+    """With these of its sequences."""
+    return pair[0].mapped(lambda x: x[order]), pair[1].mapped(lambda x: x[order])
 
 
 def assert_same(pages: Pair, records: Pair) -> None:
@@ -103,10 +96,7 @@ def test_any_changes_leave_the_same_vectors(steps: list[tuple[str, int]], fp8: b
             pages, records = appended(pages, states), appended(records, states)
         elif what == "beams":
             order = torch.arange(count) % batch
-            pages, records = (
-                (pair[0].mapped(lambda x: x[order]), pair[1].mapped(lambda x: x[order]))  # noqa: B023
-                for pair in (pages, records)
-            )
+            pages, records = reordered(pages, order), reordered(records, order)
             batch = count
         else:
             left = max(pages[0].length - count, 0)

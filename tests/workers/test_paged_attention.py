@@ -4,10 +4,9 @@
 in float16: the interpreter cuts bfloat16 off where a GPU rounds it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -20,23 +19,13 @@ from tests.workers import cache_models
 from tests.workers.cache_models import tokens
 from tests.workers.packed_steps import generated, left_padded, packed_model, scheme
 
+pytestmark = pytest.mark.usefixtures("numpy_may_overflow")
 PAGE, STEPS = 16, 4
 MAKE: dict[str, Any] = {
     "llama": cache_models.llama,
     "gemma": cache_models.gemma,
     "gemma2": cache_models.gemma2,
 }
-
-
-@pytest.fixture(autouse=True)
-def numpy_may_overflow() -> Iterator[None]:
-    with np.errstate(all="ignore"):  # the interpreter computes with NumPy
-        yield
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stillhouse.kernels.paged_attention import PAGE_TOKENS
 from stillhouse.kernels.turboquant import VectorCodec
+from stillhouse.kernels.turboquant.codec import has_triton
 from stillhouse.workers.cache.page_storage import PageStorage
 from stillhouse.workers.cache.record_storage import PackedStorage, RecordStorage
 
@@ -39,7 +40,8 @@ class CacheStorage:
         attend_packed: bool,
     ) -> tuple[PackedStorage, PackedStorage]:
         """For keys and values like these."""
-        wanted = attend_packed and states[0].is_cuda and states[0].dtype in _HALVES
+        on_gpu = states[0].is_cuda and has_triton()
+        wanted = attend_packed and on_gpu and states[0].dtype in _HALVES
         if self.kind == "pages" or (self.kind == "auto" and wanted):
             try:
                 return self._pages(codecs, states)
