@@ -5,7 +5,7 @@ channels.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor
@@ -14,6 +14,9 @@ from stillhouse.kernels.paged_attention import FP8, RecordFormat, VectorFormat
 from stillhouse.kernels.turboquant import ChannelGroup, FittedCodec, Fp8Codec, Fp8Vectors
 from stillhouse.workers.cache.rows import Rows
 from stillhouse.workers.cache.visible import ranges, raw_parts
+
+if TYPE_CHECKING:
+    from stillhouse.kernels.paged_attention.cpu import PackedDecoder, PackedHalf
 
 _DECODERS: WeakKeyDictionary[Any, tuple[Any, Any, Any]] = WeakKeyDictionary()
 
@@ -33,21 +36,46 @@ def attend_rows(
     from stillhouse.kernels.paged_attention import cpu
 
     keys, values = rows
-    codec: Any = keys.codec
-    shown: Any = values.codec
-    decoder = _decoder(codec, shown, query_BHGD.shape[2], softcap)
-    query_BHGD = query_BHGD.float() * (scaling * cpu.LOG2E)
-    mean_HD = _mean(codec)
+    decoder = _decoder(keys.codec, values.codec, query_BHGD.shape[2], softcap)
     packed_ranges, raw_ranges = ranges(keys, visible)
+    return attend_halves(
+        decoder,
+        (keys.codec, values.codec),
+        query_BHGD.float() * (scaling * cpu.LOG2E),
+        (_packed(keys.packed), _packed(values.packed)),
+        (packed_ranges, raw_ranges),
+        raw_parts(rows),
+    )
+
+
+def attend_halves(
+    decoder: "PackedDecoder",
+    codecs: tuple[Any, Any],
+    query_BHGD: Tensor,
+    halves: "tuple[PackedHalf, PackedHalf]",
+    ranges: tuple[Sequence[tuple[int, int]], Sequence[tuple[int, int, int, int]]],
+    raw_parts: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
+    table_BW: Tensor | None = None,
+) -> Tensor:
+    """As `attend_rows`, over records or pages of keys and of values.
+
+    query_BHGD: float32, times the softmax scale and log2 e. ranges: of each sequence the packed
+    tokens, and those of both parts in 16 bits (`cpu.RawTokens`). table_BW: as
+    `PackedDecoder.attend`.
+    """
+    from stillhouse.kernels.paged_attention import cpu
+
+    keys, values = codecs
+    mean_HD = mean_of(keys)
     coded_BHGC, raw_BHGD = decoder.attend_with(
-        query_BHGD if isinstance(codec, Fp8Codec) else codec.query_in_coded(query_BHGD),
-        _packed(keys.packed),
-        _packed(values.packed),
-        packed_ranges,
-        cpu.RawTokens(query_BHGD, raw_parts(rows), raw_ranges, _mean(shown)),
+        query_BHGD if isinstance(keys, Fp8Codec) else keys.query_in_coded(query_BHGD),
+        *halves,
+        ranges[0],
+        cpu.RawTokens(query_BHGD, raw_parts, ranges[1], mean_of(values)),
+        table_BW,
         offset_BHG=None if mean_HD is None else (query_BHGD @ mean_HD[:, :, None])[..., 0],
     )
-    packed_BHGD = coded_BHGC if isinstance(shown, Fp8Codec) else shown.from_coded(coded_BHGC)
+    packed_BHGD = coded_BHGC if isinstance(values, Fp8Codec) else values.from_coded(coded_BHGC)
     out_BHGD: Tensor = raw_BHGD.add_(packed_BHGD)
     return out_BHGD
 
@@ -58,19 +86,21 @@ def _decoder(codec: Any, shown: Any, group: int, softcap: float) -> Any:
 
     found = _DECODERS.get(codec)
     if found is None or found[0]() is not shown or found[1] != (group, softcap):
-        format = RecordFormat.of(_format(codec), _format(shown))
+        format = RecordFormat.of(vector_format(codec), vector_format(shown))
         found = ref(shown), (group, softcap), cpu.decoder(format, group, softcap)
         _DECODERS[codec] = found
     return found[2]
 
 
-def _format(codec: Any) -> VectorFormat:
+def vector_format(codec: Any) -> VectorFormat:
+    """Of its coded vectors."""
     if isinstance(codec, Fp8Codec):
         return VectorFormat((ChannelGroup(codec.head_dim, FP8),))
     return VectorFormat(codec.coded_groups)
 
 
-def _mean(codec: Any) -> Tensor | None:
+def mean_of(codec: Any) -> Tensor | None:
+    """float32 [H, D], what decoding adds; None for nothing."""
     return codec.fit.mean_HD if isinstance(codec, FittedCodec) else None
 
 

@@ -1,0 +1,226 @@
+"""A serving engine's steps on a CPU, against float64 attention over what each token is stored as.
+
+The reference knows positions alone: that it agrees for random chunks shows that an answer does not
+depend on them.
+"""
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stillhouse.kernels.paged_attention import PageFormat
+from stillhouse.kernels.turboquant import (
+    ChannelGroup,
+    FittedCodec,
+    Fp8Codec,
+    MseCodec,
+    balance,
+    fit_heads,
+    to_half,
+)
+from stillhouse.workers.cache.cpu_attention import vector_format
+from stillhouse.workers.serving.cpu_layer import CpuLayer
+from stillhouse.workers.serving.layout import BlockLayout
+from stillhouse.workers.serving.step import Piece, Step, pieces
+from torch import Tensor
+
+HEADS, GROUP, BLOCK = 2, 3, 16
+
+
+def fitted(dim: int, scalar: Any, seed: int) -> FittedCodec:
+    """Of two channel groups and some channels that are left out, with means and maps."""
+    draw = torch.Generator().manual_seed(seed)
+    factor = torch.randn((HEADS, dim, dim), generator=draw, dtype=torch.float64)
+    moment = factor @ factor.mT / dim + torch.eye(dim, dtype=torch.float64)
+    mean = torch.randn((HEADS, dim), generator=draw, dtype=torch.float64)
+    groups = (ChannelGroup(16, 5), ChannelGroup(dim - 24, 4), ChannelGroup(8, 0))
+    return FittedCodec(fit_heads(mean, balance(moment, moment), groups), scalar)
+
+
+def codecs_of(kind: str, dim: int) -> tuple[Any, Any]:
+    if kind == "fp8":
+        return Fp8Codec(dim), Fp8Codec(dim)
+    if kind == "fitted":
+        return fitted(dim, "unbiased", 1), fitted(dim, "least_squares", 2)
+    return MseCodec(dim, 4, "unbiased"), MseCodec(dim, 3, "least_squares")
+
+
+@dataclass
+class Engine:
+    """Hands out blocks in random order and runs random steps."""
+
+    layer: CpuLayer
+    lengths: list[int]
+    draw: random.Random
+    dtype: torch.dtype = torch.float32
+    states: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(self.draw.randrange(1 << 30))
+        dim, layout = self.layer.layout.head_dim, self.layer.layout
+        count = [-(-n // BLOCK) for n in self.lengths]
+        order = list(range(1, sum(count) + 4))
+        self.draw.shuffle(order)
+        self.table = torch.zeros((len(count), max(count) + 2), dtype=torch.int32)
+        for row, blocks in enumerate(count):
+            self.table[row, :blocks] = torch.tensor([order.pop() for _ in range(blocks)])
+        garbage = torch.randint(0, 256, (sum(count) + 4, HEADS, BLOCK, layout.token_bytes))
+        self.memory = garbage.to(torch.uint8)
+        self.blocks = layout.views(self.memory, to_half(torch.empty(0, dtype=self.dtype)).dtype)
+        for n in self.lengths:
+            query = torch.randn(n, HEADS * GROUP, dim)
+            key, value = torch.randn(2, n, HEADS, dim) * 2
+            self.states.append(tuple(x.to(self.dtype) for x in (query, key + 1, value)))
+            self.outputs.append(torch.full((n, HEADS * GROUP, dim), torch.nan, dtype=self.dtype))
+
+    def run(self, longest: int) -> None:
+        done = [0] * len(self.lengths)
+        while pending := [r for r, n in enumerate(self.lengths) if done[r] < n]:
+            chosen = self.draw.sample(pending, self.draw.randint(1, len(pending)))
+            sizes = [
+                min(self.draw.choice((1, self.draw.randint(1, longest))), self.lengths[r] - done[r])
+                for r in chosen
+            ]
+            self._step(chosen, done, sizes)
+            for r, size in zip(chosen, sizes, strict=True):
+                done[r] += size
+
+    def _step(self, chosen: list[int], done: list[int], sizes: list[int]) -> None:
+        spans = [(r, done[r], done[r] + size) for r, size in zip(chosen, sizes, strict=True)]
+        starts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+        step = Step(starts, [end for *_, end in spans], self.table[chosen], BLOCK)
+        query, key, value = (
+            torch.cat([self.states[r][part][first:end] for r, first, end in spans])
+            for part in range(3)
+        )
+        slots = torch.cat([self._slots(*span) for span in spans])
+        self.layer.store((key, value), self.blocks, slots, step)
+        out = torch.full_like(query, torch.nan)
+        self.layer.attend(query, self.blocks, step, out)
+        for (r, first, end), rows in zip(spans, out.split(sizes), strict=True):
+            self.outputs[r][first:end] = rows
+
+    def _slots(self, r: int, first: int, end: int) -> Tensor:
+        place = torch.arange(first, end)
+        return self.table[r].long()[place // BLOCK] * BLOCK + place % BLOCK
+
+
+def as_stored(codec: Any, x_THD: Tensor, sinks: int) -> Tensor:
+    """float64 [H, T, D]."""
+    x_HTD = x_THD.transpose(0, 1)[None]
+    stored = codec.decode(codec.encode(x_HTD))[0].double()
+    stored[:, :sinks] = to_half(x_HTD[0, :, :sinks]).double()
+    return stored
+
+
+def expected(layer: CpuLayer, states: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    query, key, value = states
+    tokens = query.shape[0]
+    keys, values = (
+        as_stored(codec, x, layer.layout.sinks).repeat_interleave(GROUP, dim=0)
+        for codec, x in zip(layer.codecs, (key, value), strict=True)
+    )
+    score = query.double().transpose(0, 1) @ keys.mT * layer.scaling
+    if layer.softcap:
+        score = layer.softcap * torch.tanh(score / layer.softcap)
+    seen = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    if layer.window:
+        seen &= ~torch.ones(tokens, tokens, dtype=torch.bool).tril(-layer.window)
+    out = score.masked_fill(~seen, -torch.inf).softmax(-1) @ values
+    return out.transpose(0, 1)
+
+
+def made(kind: str, dim: int, sinks: int, window: int = 0, softcap: float = 0.0) -> CpuLayer:
+    codecs = codecs_of(kind, dim)
+    pages = PageFormat.of(*(vector_format(codec) for codec in codecs), BLOCK)
+    layout = BlockLayout(pages, dim, sinks)
+    return CpuLayer(codecs, layout, GROUP, dim**-0.5, softcap, window)
+
+
+def assert_agrees(engine: Engine, within: float = 1e-5) -> None:
+    for states, found in zip(engine.states, engine.outputs, strict=True):
+        wanted = expected(engine.layer, states)
+        error = (found.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+        assert float(error.max()) < within
+
+
+@pytest.mark.parametrize("kind", ["mse", "fitted", "fp8"])
+@pytest.mark.parametrize(("sinks", "window"), [(0, 0), (1, 0), (4, 0), (0, 20), (3, 20), (4, 9)])
+def test_random_chunks(kind: str, sinks: int, window: int) -> None:
+    engine = Engine(made(kind, 64, sinks, window), [70, 1, 33, 16, 50], random.Random(sinks))
+    engine.run(longest=30)
+    assert_agrees(engine)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=4),
+    sinks=st.integers(0, 5),
+    window=st.sampled_from([0, 1, 4, 17, 40]),
+    seed=st.integers(0, 1 << 20),
+)
+def test_any_lengths_windows_and_sinks(
+    lengths: list[int], sinks: int, window: int, seed: int
+) -> None:
+    engine = Engine(made("mse", 64, sinks, window), lengths, random.Random(seed))
+    engine.run(longest=25)
+    assert_agrees(engine)
+
+
+@pytest.mark.parametrize("dim", [80, 256])
+def test_head_sizes_and_capped_scores(dim: int) -> None:
+    engine = Engine(made("mse", dim, 2, softcap=5.0), [40, 21], random.Random(dim))
+    engine.run(longest=20)
+    assert_agrees(engine)
+
+
+def test_bfloat16_states() -> None:
+    engine = Engine(made("mse", 64, 4), [40, 21], random.Random(2), torch.bfloat16)
+    engine.run(longest=20)
+    assert_agrees(engine, within=5e-3)
+
+
+def test_slots_of_minus_one_store_nothing() -> None:
+    engine = Engine(made("mse", 64, 0), [20], random.Random(1))
+    before = engine.memory.clone()
+    step = Step([0, 5], [5], engine.table, BLOCK)
+    _, key, value = (x[:5] for x in engine.states[0])
+    engine.layer.store((key, value), engine.blocks, torch.full((5,), -1), step)
+    assert torch.equal(engine.memory, before)
+
+
+def test_pieces_cover_a_chunk_and_see_the_same_sinks() -> None:
+    for window in range(12):
+        for sinks in range(5):
+            for first in range(15):
+                found = list(pieces(first, first + 13, sinks, window))
+                places = [q for piece in found for q in range(piece.first, piece.end)]
+                assert places == list(range(first, first + 13))
+                for piece in found:
+                    for q in range(piece.first, piece.end):
+                        lost = max(q - window + 1, 0) if window else 0
+                        assert min(lost, sinks) == piece.hidden
+                        assert piece.packed <= max(lost, sinks)
+
+
+def test_without_a_window_a_chunk_is_one_piece() -> None:
+    assert list(pieces(7, 50, 4, 0)) == [Piece(7, 50, 4, 0)]
+
+
+@pytest.mark.parametrize(("sinks", "wanted"), [(0, 68), (1, 70), (4, 76)])
+def test_bytes_of_a_token(sinks: int, wanted: int) -> None:
+    """4 bits and a float16 scalar of 64 channels, twice; each sink 4·64 bytes a 128-token block."""
+    codec = MseCodec(64, 4, "unbiased")
+    form = vector_format(codec)
+    assert BlockLayout(PageFormat.of(form, form, 128), 64, sinks).token_bytes == wanted
+
+
+def test_other_blocks_are_refused() -> None:
+    layout = made("mse", 64, 0).layout
+    with pytest.raises(ValueError, match=r"expected blocks of uint8 \[N, H, 16, 60\]"):
+        layout.views(torch.zeros((3, 2, 16, 61), dtype=torch.uint8), torch.float16)
