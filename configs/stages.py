@@ -112,7 +112,7 @@ class CompressConfig(Config):
 
     The fitted cache shares the bytes of `key_bits` and `value_bits` out anew, over layers, keys,
     values and channels, as they are in sequences of `context` tokens; with `budget_kl` it takes
-    the fewest bits that keep to that. With 1 of `channel_groups` a head's coded channels have the
+    the fewest bits that keep to that; with `even_layers` every layer keeps its own bytes. With 1 of `channel_groups` a head's coded channels have the
     same 2, 3 or 4 bits, which costs quality and is what the kernels of a GPU read (head sizes 64,
     80, … 256). Without `calibrate`, without a corpus, and at 8 bits every layer has the paper's
     Algorithm 1 with these bits and scalars.
@@ -126,6 +126,7 @@ class CompressConfig(Config):
     value_bits: Literal[1, 2, 3, 4, 5, 8] = 4
     key_scalar: Literal["norm", "corrected", "unbiased", "least_squares"] = "unbiased"
     value_scalar: Literal["norm", "corrected", "unbiased", "least_squares"] = "least_squares"
+    even_layers: bool = False  # equal bytes in every layer, as a paged server's blocks have them
     sinks: int = Field(4, ge=0)  # first tokens of a sequence, kept in 16 bits
     recent: int = Field(0, ge=0)  # last tokens of a sequence, kept in 16 bits
     seed: int = 0

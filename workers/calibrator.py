@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from stillhouse.configs.stages import CompressConfig
 from stillhouse.errors import ModelError
 from stillhouse.kernels.turboquant import (
     BalancedBasis,
@@ -103,10 +104,11 @@ class Calibration:
     def _least(self) -> float:
         return sum(fitting.part.bits(0) for fitting in self._fittings)
 
-    def plan_of_bits(self, bits: float) -> CachePlan:
+    def plan_of_bits(self, bits: float, *, even: bool = False) -> CachePlan:
         """The plan of least expected KL with at most `bits` a kept coordinate on average.
 
         These are the bytes of a cache with `bits` a coordinate in every layer and equal windows.
+        even: every layer has at most those bytes, and shares them out over its own keys and values.
         ModelError for fewer than `least_bits`.
         """
         if bits < self.least_bits - _ROUNDING:
@@ -114,8 +116,15 @@ class Calibration:
                 f"compress: expected {self.least_bits:g} bits a coordinate or more, as few as this "
                 f"model's cache may have in these channel groups, found {bits:g}"
             )
-        parts = [fitting.part for fitting in self._fittings]
-        return self._plan(allocate(parts, max(bits * self.channels, self._least)))
+        size = 2 if even else len(self._fittings)  # a layer's two stand side by side
+        choices = []
+        for start in range(0, len(self._fittings), size):
+            some = self._fittings[start : start + size]
+            parts = [fitting.part for fitting in some]
+            least = sum(part.bits(0) for part in parts)
+            channels = sum(fitting.channels for fitting in some)
+            choices += allocate(parts, max(bits * channels, least))
+        return self._plan(choices)
 
     def _plan(self, choices: Sequence[GroupChoice]) -> CachePlan:
         fits = [
@@ -201,9 +210,10 @@ def write_plan(lm: LanguageModel, job: CalibrateJob, notify: Callable[[str], Non
         groups=config.channel_groups,
     )
     if config.budget_kl is None:
-        plan = calibration.plan_of_bits((config.key_bits + config.value_bits) / 2)
+        bits = (config.key_bits + config.value_bits) / 2
+        plan = calibration.plan_of_bits(bits, even=config.even_layers)
     else:
-        plan = plan_of_measured_kl(lm, calibration, unseen, config.budget_kl, notify)
+        plan = plan_of_measured_kl(lm, calibration, unseen, config, notify)
     plan.save(job.folder)
     return calibration.tokens
 
@@ -232,14 +242,16 @@ def plan_of_measured_kl(
     lm: LanguageModel,
     calibration: Calibration,
     texts: Sequence[str],
-    budget: float,
+    config: CompressConfig,
     notify: Callable[[str], None],
 ) -> CachePlan:
-    """The plan of fewest bits whose mean next-token KL on the texts is at most `budget` nats.
+    """The plan of fewest bits whose mean next-token KL on the texts is at most `budget_kl` nats.
 
     Found by bisection over quarters of a bit, as if KL fell with every one of them. ModelError when
     the most bits are not enough: then no fitted cache is good enough for this model.
     """
+    assert config.budget_kl is not None
+    budget = config.budget_kl
     least, most = calibration.least_bits - _ROUNDING, calibration.most_bits + _ROUNDING
     choices = [bits for bits in _BITS if least <= bits <= most]
     low, high = 0, len(choices) - 1
@@ -247,7 +259,7 @@ def plan_of_measured_kl(
     found = math.nan
     while low <= high:
         middle = (low + high) // 2 if best else high
-        plan = calibration.plan_of_bits(choices[middle])
+        plan = calibration.plan_of_bits(choices[middle], even=config.even_layers)
         found = measured_kl(lm, texts, plan)
         notify(f"{choices[middle]:g} bits: next-token KL {found:.4f} nats, allowed {budget:g}")
         if found <= budget:

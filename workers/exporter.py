@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from stillhouse.errors import ModelError
 from stillhouse.storage.integrity import sha256_of
-from stillhouse.workers.cache import CachePlan
+from stillhouse.workers.cache import PLAN_FOLDER, CachePlan
 from stillhouse.workers.folders import atomic_folder, write_json
 from stillhouse.workers.folding import fold_values
 from stillhouse.workers.models.language_model import LanguageModel
@@ -41,7 +41,7 @@ def export(lm: LanguageModel, job: ExportJob) -> tuple[Path, ...]:
         model.save_pretrained(folder)
         lm.tokenizer.save_pretrained(folder)
         if plan is not None:
-            plan.save(folder)
+            plan.save(folder / PLAN_FOLDER)
         write_json(folder / MANIFEST, _manifest(job, folder))
     return tuple(sorted(path for path in job.folder.rglob("*") if path.is_file()))
 

@@ -197,7 +197,7 @@ class CalibrateJob:
 class ExportJob:
     """Merge the adapter into the model and write it as safetensors with its tokenizer.
 
-    cache_plan: the folder of a plan, whose files go beside the weights.
+    cache_plan: the folder of a plan, which goes with the weights, in a folder of its own.
     """
 
     model: ModelSpec

@@ -13,7 +13,7 @@ from stillhouse.configs.stages import CompressConfig
 from stillhouse.errors import ModelError
 from stillhouse.kernels.paged_attention.gpu_refusals import require_codec
 from stillhouse.kernels.paged_attention.gpu_store import StoreTables
-from stillhouse.kernels.turboquant import ChannelGroup
+from stillhouse.kernels.turboquant import ChannelGroup, HeadFit
 from stillhouse.workers.cache import (
     CACHE_KINDS,
     CacheFormat,
@@ -105,6 +105,21 @@ def test_a_fitted_cache_takes_the_bytes_of_an_oblivious_one_at_its_context(
             cache.update(*random_kv(1, context), layer)
         sizes.append(cache.nbytes - cache.table_nbytes)
     assert 0.85 * sizes[1] < sizes[0] <= sizes[1]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4.5])
+def test_even_layers_share_their_own_bytes(calibration: Calibration, bits: float) -> None:
+    def bits_of(fit: HeadFit | None) -> int:
+        assert fit is not None
+        return sum(group.channels * group.bits for group in fit.groups)
+
+    plan = calibration.plan_of_bits(bits, even=True)
+    free = calibration.plan_of_bits(bits)
+    dim = plan.layers[0].key.mean_HD.shape[-1]
+    for layer in plan.layers:
+        stored = bits_of(layer.key) + bits_of(layer.value)
+        assert 2 * dim * bits - 16 <= stored <= 2 * dim * bits  # groups are of 8 channels
+    assert free.facts["expected_kl"] <= plan.facts["expected_kl"] + 1e-12
 
 
 def test_a_fitted_cache_loses_less_than_an_oblivious_one(lm: LanguageModel, tmp_path: Path) -> None:

@@ -112,10 +112,10 @@ def test_the_exported_folder_is_served_with_its_own_plan(lm, fresh, store, tmp_p
     job = ExportJob(ModelSpec("any"), tmp_path / "out", dtype, {}, tmp_path / "plan")
     export(fresh(kind), job)
     made = load(store, ModelSpec(str(tmp_path / "out")))
-    assert CachePlan.load(tmp_path / "out").facts["values_folded"] == 3
+    assert CachePlan.load(tmp_path / "out" / "cache").facts["values_folded"] == 3
     before, _ = measure_cache(lm, TEXTS[:3], CONFIG, tmp_path / "plan")
-    after, _ = measure_cache(made, TEXTS[:3], CONFIG, tmp_path / "out")
+    after, _ = measure_cache(made, TEXTS[:3], CONFIG, tmp_path / "out" / "cache")
     for one, two in zip(before, after, strict=True):
         assert two.kl_mean == pytest.approx(one.kl_mean, rel=0.05 if dtype == "float32" else 0.5)
-    cache = compressed_cache_factory(made, CONFIG, tmp_path / "out")()
+    cache = compressed_cache_factory(made, CONFIG, tmp_path / "out" / "cache")()
     assert cache.nbytes == 0

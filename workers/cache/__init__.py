@@ -1,7 +1,7 @@
 """Key/value caches for transformers that hold packed vectors."""
 
 from stillhouse.workers.cache.packed_attention import PACKED_ATTENTION
-from stillhouse.workers.cache.plan import PLAN_FILES, CachePlan, FittedScheme, LayerPlan
+from stillhouse.workers.cache.plan import PLAN_FOLDER, CachePlan, FittedScheme, LayerPlan
 from stillhouse.workers.cache.scheme import (
     CACHE_KINDS,
     CacheFormat,
@@ -17,7 +17,7 @@ from stillhouse.workers.cache.vllm_presets import VLLM_PRESETS, VllmScheme
 __all__ = [
     "CACHE_KINDS",
     "PACKED_ATTENTION",
-    "PLAN_FILES",
+    "PLAN_FOLDER",
     "VLLM_PRESETS",
     "CacheFactory",
     "CacheFormat",

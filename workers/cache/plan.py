@@ -31,7 +31,8 @@ from stillhouse.workers.cache.scheme import CACHE_KINDS, CacheKind
 PLAN_VERSION = 2
 PLAN_FILE = "cache_plan.json"
 TENSOR_FILE = "cache_plan.safetensors"
-PLAN_FILES = (TENSOR_FILE, PLAN_FILE)
+# Of a model's folder: engines load every safetensors file that lies beside the weights.
+PLAN_FOLDER = "cache"
 _CODING = "coding"
 # RuntimeError: a map without an inverse.
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError)
