@@ -112,10 +112,10 @@ class CompressConfig(Config):
 
     The fitted cache shares the bytes of `key_bits` and `value_bits` out anew, over layers, keys,
     values and channels, as they are in sequences of `context` tokens; with `budget_kl` it takes
-    the fewest bits that keep to that; with `even_layers` every layer keeps its own bytes. With 1 of `channel_groups` a head's coded channels have the
-    same 2, 3 or 4 bits, which costs quality and is what the kernels of a GPU read (head sizes 64,
-    80, … 256). Without `calibrate`, without a corpus, and at 8 bits every layer has the paper's
-    Algorithm 1 with these bits and scalars.
+    the fewest bits that keep to that; with `even_layers` every layer keeps its own bytes. With 1 of
+    `channel_groups` a head's coded channels have the same 2, 3 or 4 bits, which costs quality and
+    is what the kernels of a GPU read (head sizes 64, 80, … 256). Without `calibrate`, without a
+    corpus, and at 8 bits every layer has the paper's Algorithm 1 with these bits and scalars.
     """
 
     calibrate: bool = True

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from stillhouse.cli import bench
+from stillhouse.cli import bench, serving
 from stillhouse.cli.runs import find_run, open_catalog
 from stillhouse.errors import ConfigError, StillhouseError
 
@@ -23,6 +23,8 @@ app = typer.Typer(
 )
 
 app.add_typer(bench.app, name="bench")
+app.command()(serving.serve)
+app.command()(serving.chat)
 
 RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")]
 Overrides = Annotated[

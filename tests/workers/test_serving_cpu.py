@@ -5,13 +5,16 @@ depend on them.
 """
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
+from stillhouse.errors import ModelError
 from stillhouse.kernels.paged_attention import PageFormat
 from stillhouse.kernels.turboquant import (
     ChannelGroup,
@@ -25,8 +28,8 @@ from stillhouse.kernels.turboquant import (
 from stillhouse.workers.cache.cpu_attention import vector_format
 from stillhouse.workers.serving.cpu_layer import CpuLayer
 from stillhouse.workers.serving.layout import BlockLayout
+from stillhouse.workers.serving.self_check import require_right
 from stillhouse.workers.serving.step import Piece, Step, pieces
-from torch import Tensor
 
 HEADS, GROUP, BLOCK = 2, 3, 16
 
@@ -75,7 +78,8 @@ class Engine:
         for n in self.lengths:
             query = torch.randn(n, HEADS * GROUP, dim)
             key, value = torch.randn(2, n, HEADS, dim) * 2
-            self.states.append(tuple(x.to(self.dtype) for x in (query, key + 1, value)))
+            query, key, value = (x.to(self.dtype) for x in (query, key + 1, value))
+            self.states.append((query, key, value))
             self.outputs.append(torch.full((n, HEADS * GROUP, dim), torch.nan, dtype=self.dtype))
 
     def run(self, longest: int) -> None:
@@ -137,7 +141,7 @@ def expected(layer: CpuLayer, states: tuple[Tensor, Tensor, Tensor]) -> Tensor:
 
 def made(kind: str, dim: int, sinks: int, window: int = 0, softcap: float = 0.0) -> CpuLayer:
     codecs = codecs_of(kind, dim)
-    pages = PageFormat.of(*(vector_format(codec) for codec in codecs), BLOCK)
+    pages = PageFormat.of(vector_format(codecs[0]), vector_format(codecs[1]), BLOCK)
     layout = BlockLayout(pages, dim, sinks)
     return CpuLayer(codecs, layout, GROUP, dim**-0.5, softcap, window)
 
@@ -224,3 +228,17 @@ def test_other_blocks_are_refused() -> None:
     layout = made("mse", 64, 0).layout
     with pytest.raises(ValueError, match=r"expected blocks of uint8 \[N, H, 16, 60\]"):
         layout.views(torch.zeros((3, 2, 16, 61), dtype=torch.uint8), torch.float16)
+
+
+@pytest.mark.parametrize("kind", ["mse", "fitted", "fp8"])
+@pytest.mark.parametrize(("sinks", "window", "softcap"), [(0, 0, 0.0), (4, 0, 5.0), (1, 9, 0.0)])
+def test_the_self_check_passes(kind: str, sinks: int, window: int, softcap: float) -> None:
+    assert require_right(made(kind, 64, sinks, window, softcap), HEADS, "layer 0") < 1e-5
+
+
+def test_the_self_check_notices_a_wrong_kernel() -> None:
+    layer = made("mse", 64, 1)
+    other = replace(layer, scaling=layer.scaling * 1.01)
+    object.__setattr__(other, "attend", layer.attend)  # its kernel scales as the other layer
+    with pytest.raises(ModelError, match="self-check: expected attention of layer 3 over packed"):
+        require_right(other, HEADS, "layer 3")

@@ -42,7 +42,9 @@ class CpuLayer:
         if sinks.rows.numel():
             slots_T = slots_T.index_fill(0, sinks.rows, -1)
         halves = self.layout.pages.key, self.layout.pages.value
-        for number, (codec, x_THD, half) in enumerate(zip(self.codecs, states, halves, strict=True)):
+        for number, (codec, x_THD, half) in enumerate(
+            zip(self.codecs, states, halves, strict=True)
+        ):
             store_vectors(codec, x_THD, blocks[number], half, slots_T)
             if sinks.rows.numel():
                 kept = to_half(x_THD[sinks.rows]).to(blocks.sinks_NH2SD.dtype)
@@ -51,9 +53,9 @@ class CpuLayer:
     def attend(self, query_TQD: Tensor, blocks: Blocks, step: Step, out_TQD: Tensor) -> None:
         """Of every request's tokens, each up to itself; after `store`. out_TQD: of any floats."""
         if step.singles:
-            out_TQD[step.single_rows] = self._singles(
-                query_TQD[step.single_rows], blocks, step
-            ).to(out_TQD.dtype)
+            out_TQD[step.single_rows] = self._singles(query_TQD[step.single_rows], blocks, step).to(
+                out_TQD.dtype
+            )
         for request in step.chunks:
             first, row = step.first_of(request), step.starts[request]
             for piece in pieces(first, step.lengths[request], self.layout.sinks, self.window):

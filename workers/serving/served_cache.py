@@ -1,9 +1,9 @@
 """What a server keeps in its cache: a name for every format, codecs and blocks for every layer.
 
-    plan    what a calibration found, layer by layer (`CachePlan`)
-    kAvB    the paper's Algorithm 1 with A bits for keys and B for values, 1 to 5
-    fp8     8-bit floats (e4m3)
-    bf16    16 bits, the engine's own cache
+plan    what a calibration found, layer by layer (`CachePlan`)
+kAvB    the paper's Algorithm 1 with A bits for keys and B for values, 1 to 5
+fp8     8-bit floats (e4m3)
+bf16    16 bits, the engine's own cache
 """
 
 import re

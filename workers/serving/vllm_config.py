@@ -13,7 +13,7 @@ SETTINGS = "stillhouse"  # our key in vLLM's `additional_config`
 
 
 def served_cache(config: Any) -> ServedCache | None:
-    """Of a `VllmConfig`; None where nothing of ours is served. ModelError as `require_supported`."""
+    """Of a `VllmConfig`; None where nothing of ours is served. Raises as `require_supported`."""
     settings = config.additional_config.get(SETTINGS)
     if settings is None:
         return None
@@ -57,7 +57,8 @@ def require_layers(config: Any, ours: type) -> None:
     others = [
         name
         for name, layer in layers.items()
-        if hasattr(layer, "get_kv_cache_spec") and not isinstance(getattr(layer, "impl", None), ours)
+        if hasattr(layer, "get_kv_cache_spec")
+        and not isinstance(getattr(layer, "impl", None), ours)
     ]
     if others:
         raise ModelError(

@@ -17,6 +17,7 @@ from stillhouse.errors import ModelError
 from stillhouse.kernels.turboquant import to_half
 from stillhouse.workers.serving.cpu_layer import CpuLayer
 from stillhouse.workers.serving.layout import Blocks
+from stillhouse.workers.serving.self_check import require_right
 from stillhouse.workers.serving.step import Step
 from stillhouse.workers.serving.vllm_config import require_layers, served_cache
 
@@ -44,6 +45,9 @@ class PackedCpuBuilder(AttentionMetadataBuilder[PackedMetadata]):
     def __init__(self, spec: Any, names: list[str], config: Any, device: torch.device) -> None:
         super().__init__(spec, names, config, device)
         require_layers(config, PackedCpuImpl)
+        layers = config.compilation_config.static_forward_context
+        for name in names:
+            layers[name].impl.require_bytes(name, spec)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
@@ -115,6 +119,8 @@ class PackedCpuImpl(CPUAttentionBackendImpl):
             max(window, 0),
         )
         self._half = to_half(torch.empty(0, dtype=act_dtype)).dtype
+        # Its kernels are compiled here, too: a request would wait for them.
+        require_right(self._layer, self.num_kv_heads, name)
         size = found.layout.token_bytes
         parts = {"token_bytes": size, "block": block, "__module__": __name__}
         module.attn_backend = type(f"Packed{size}Backend", (_PackedLayerBackend,), parts)
@@ -139,8 +145,19 @@ class PackedCpuImpl(CPUAttentionBackendImpl):
         ]
         if reasons:
             raise ModelError(
-                f"the packed cache does not go with {' and '.join(reasons)}, found in {name}; serve "
-                "with --cache bf16"
+                f"the packed cache does not go with {' and '.join(reasons)}, found in {name}; "
+                "serve with --cache bf16"
+            )
+
+    def require_bytes(self, name: str, spec: Any) -> None:
+        """ModelError unless the engine's blocks have the bytes that the layer's tokens take."""
+        assert self._layer is not None
+        layout = self._layer.layout
+        wanted = self.num_kv_heads * layout.pages.tokens * layout.token_bytes
+        if spec.unpadded_page_size_bytes != wanted:
+            raise ModelError(
+                f"self-check: expected blocks of {wanted} bytes in {name}, as its codecs take, "
+                f"found {spec.unpadded_page_size_bytes}"
             )
 
     def do_kv_cache_update(
@@ -174,9 +191,7 @@ class PackedCpuImpl(CPUAttentionBackendImpl):
                 output_block_scale,
             )  # fmt: skip
         count = attn_metadata.slots_T.shape[0]
-        self._layer.attend(
-            query[:count], self._views(kv_cache), attn_metadata.step, output[:count]
-        )
+        self._layer.attend(query[:count], self._views(kv_cache), attn_metadata.step, output[:count])
         return output
 
     def _views(self, kv_cache: Tensor) -> Blocks:

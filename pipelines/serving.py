@@ -1,0 +1,128 @@
+"""From a run or a model to a server: what is served, in which cache, behind which key."""
+
+import json
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stillhouse.errors import ConfigError
+from stillhouse.storage.layout import RunFolder
+from stillhouse.workers.models.cache_folder import default_cache_root
+from stillhouse.workers.models.store import ModelStore
+from stillhouse.workers.serving.server import ServeJob, ServerProcess
+
+RunningServer = ServerProcess  # for the command line, which speaks to pipelines alone
+PLAN, HALF = "plan", "bf16"
+PLAN_FOLDER = "cache"  # of an exported student
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A folder that an engine can load, and the name that requests give it."""
+
+    folder: Path
+    name: str
+
+    @property
+    def plan(self) -> Path | None:
+        """The folder of its cache plan; None where it has none."""
+        found = self.folder / PLAN_FOLDER
+        return found if found.is_dir() else None
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """As the command line gives them. key_file: read, or made with a new key; None for no key."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    key_file: Path | None = None
+    cache: str | None = None
+    context: int | None = None
+    dtype: str = "bfloat16"
+    pool_gib: float | None = None
+    drain: int = 30
+    log_prompts: bool = False
+    eager: bool = False
+
+
+def served_run(folder: RunFolder) -> ServedModel:
+    """The student that a finished run exported; ConfigError when there is none."""
+    try:
+        report: dict[str, Any] = json.loads(folder.report.read_text(encoding="utf-8"))
+        deployed = report["deployment"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"serve: expected a run with a deployed student in {folder.root}, found none "
+            f"({error!r}); finish the run first"
+        ) from error
+    return ServedModel(folder.root / deployed["model"], deployed["name"])
+
+
+def served_model(ref: str, notify: Callable[[str], None]) -> ServedModel:
+    """A model by its reference, converted where it has to be; ModelError when there is none."""
+    folder = ModelStore(notify=notify).folder(ref)
+    name = ref.rstrip("/").rpartition("/")[2].rpartition(":")[2]
+    return ServedModel(folder.absolute(), name)
+
+
+def ask_server(model: ServedModel, options: ServeOptions) -> ServeJob:
+    """What to start; ConfigError for options that do not go together."""
+    from stillhouse.workers.serving.served_cache import ServedCache
+
+    wanted = options.cache or (PLAN if model.plan else HALF)
+    if wanted == PLAN and model.plan is None:
+        raise ConfigError(
+            f"serve: expected a cache plan in {model.folder / PLAN_FOLDER}, found none; serve a "
+            "run that has a compressed cache, or with --cache k4v4 or bf16"
+        )
+    return ServeJob(
+        folder=model.folder,
+        name=model.name,
+        cache=ServedCache(wanted, model.plan if wanted == PLAN else None),
+        port=options.port,
+        host=options.host,
+        key=None if options.key_file is None else read_or_make_key(options.key_file),
+        context=options.context,
+        dtype=options.dtype,
+        pool=None if options.pool_gib is None else round(options.pool_gib * GIB),
+        drain=options.drain,
+        log_prompts=options.log_prompts,
+        eager=options.eager,
+    )
+
+
+def default_key_file(port: int) -> Path:
+    """Where a server's generated key lies, readable by its owner alone."""
+    return default_cache_root() / "serve" / f"{port}.key"
+
+
+def log_file(port: int) -> Path:
+    """Where a server's output goes."""
+    return default_cache_root() / "serve" / f"{port}.log"
+
+
+def read_or_make_key(path: Path) -> str:
+    """The key in a file, which is made with a random one where there is none."""
+    try:
+        key = path.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        key = f"sk-{secrets.token_urlsafe(32)}"
+        path.touch(mode=0o600)
+        path.write_text(key + "\n", encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--api-key-file {path}: expected a readable key, found {error}"
+        ) from error
+    if not key or any(letter.isspace() for letter in key):
+        raise ConfigError(f"--api-key-file {path}: expected one key without spaces, found none")
+    return key
+
+
+def start_server(job: ServeJob) -> RunningServer:
+    """Refuses what cannot be served, then starts; wait for it with `wait_until_ready`."""
+    return ServerProcess(job, log_file(job.port))
