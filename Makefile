@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check kernels fmt gpu clean
+.PHONY: help setup demo test setup-serving test-serving check kernels fmt gpu clean
 
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -13,7 +13,7 @@ export VENV
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' \
-	  | while IFS='|' read -r target text; do printf '  make %-8s %s\n' "$$target" "$$text"; done
+	  | while IFS='|' read -r target text; do printf '  make %-13s %s\n' "$$target" "$$text"; done
 
 setup:  ## make .venv what pyproject.toml and constraints.txt say (repeated: does nothing)
 	@tools/setup.sh
@@ -22,7 +22,13 @@ demo: setup  ## run the recipe `demo` on real models (15 to 20 minutes; repeated
 	@$(PY) -m stillhouse run demo
 
 test: setup  ## all tests that need no GPU; PYTEST_ARGS="-k name" for some
-	@$(PY) -m pytest -m "not gpu" $(PYTEST_ARGS)
+	@$(PY) -m pytest -m "not gpu and not serving" $(PYTEST_ARGS)
+
+setup-serving: setup  ## make .venv-serving: Stillhouse and vLLM for a CPU
+	@MAIN_VENV=$(VENV) tools/setup_serving.sh
+
+test-serving: setup-serving  ## the tests that start servers; PYTEST_ARGS as for `test`
+	@.venv-serving/bin/python -m pytest -m serving tests/serving $(PYTEST_ARGS)
 
 check: setup  ## format, lint, types, import rules
 	@echo "== ruff format"; $(BIN)/ruff format --check .
