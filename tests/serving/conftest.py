@@ -4,6 +4,7 @@ import random
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,7 +48,7 @@ def free_port() -> int:
 
 def job_of(folder: Path, cache: ServedCache, **options) -> ServeJob:
     """Compiles nothing, and has all cores: the tests' own environment has but one."""
-    given = {"port": free_port(), "key": KEY, "context": 1024, "pool": POOL, "eager": True}
+    given: dict[str, Any] = {"port": free_port(), "key": KEY, "context": 1024, "pool": POOL, "eager": True}
     return ServeJob(folder, "model", cache, **(given | options))
 
 
