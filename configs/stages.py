@@ -151,6 +151,7 @@ class DeployConfig(Config):
 
     model_name: str = Field("stillhouse-student", pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    engine: Literal["transformers", "vllm"] = "transformers"  # vllm: a served copy is asked, too
     questions: int = Field(64, ge=1)  # answered again by the reloaded copy
     max_mismatch: float = Field(0.02, ge=0, le=1)  # share of answers that may differ
     batch_size: int = knob(32, ge=1)

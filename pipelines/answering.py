@@ -15,6 +15,7 @@ from stillhouse.workers.protocols import (
     Decoding,
     Failed,
     ModelSpec,
+    ModelWorker,
     Pair,
     ResponseLogp,
 )
@@ -38,9 +39,19 @@ def answer_questions(
     cache: CacheSpec | None = None,
 ) -> Part:
     """Answer and score questions with one model; with `cache`, on its compressed cache."""
+    return answer_with(run, arm, run.workers.model(spec), questions, cache)
+
+
+def answer_with(
+    run: StageRun,
+    arm: str,
+    worker: ModelWorker,
+    questions: Sequence[QuestionRecord],
+    cache: CacheSpec | None = None,
+) -> Part:
+    """As `answer_questions`, with a worker that is there already."""
     config, template = run.recipe.evaluate, run.recipe.data.template.response
     how = Decoding(config.max_new_tokens, stop=config.stop, batch_size=config.batch_size)
-    worker = run.workers.model(spec)
     rendered = [question.rendered for question in questions]
     answers = worker.answer(rendered, how, cache)
     pairs = [Pair(item.rendered, render(template, item.reference)) for item in questions]

@@ -9,13 +9,13 @@ from typing import Any
 
 from stillhouse.errors import ConfigError
 from stillhouse.storage.layout import RunFolder
+from stillhouse.workers.cache import PLAN_FOLDER
 from stillhouse.workers.models.cache_folder import default_cache_root
 from stillhouse.workers.models.store import ModelStore
+from stillhouse.workers.serving.served_cache import HALF, PLAN, ServedCache
 from stillhouse.workers.serving.server import ServeJob, ServerProcess
 
 RunningServer = ServerProcess  # for the command line, which speaks to pipelines alone
-PLAN, HALF = "plan", "bf16"
-PLAN_FOLDER = "cache"  # of an exported student
 GIB = 1 << 30
 
 
@@ -71,8 +71,6 @@ def served_model(ref: str, notify: Callable[[str], None]) -> ServedModel:
 
 def ask_server(model: ServedModel, options: ServeOptions) -> ServeJob:
     """What to start; ConfigError for options that do not go together."""
-    from stillhouse.workers.serving.served_cache import ServedCache
-
     wanted = options.cache or (PLAN if model.plan else HALF)
     if wanted == PLAN and model.plan is None:
         raise ConfigError(

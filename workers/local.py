@@ -6,7 +6,8 @@ another frees the former, so stages that use one model after the other fit a sma
 
 import gc
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from stillhouse.workers.protocols import (
     PairLogp,
     PairWorker,
     ResponseLogp,
+    ServedSpec,
     TrainJob,
     TrainOutcome,
     TrainStep,
@@ -112,6 +114,23 @@ class LocalWorkers:
             return export(lm, job)
         finally:
             self._models.free()  # the exporter merged and cast its weights
+
+    @contextmanager
+    def serve(self, spec: ServedSpec) -> Iterator[ModelWorker]:
+        """A model behind an inference server, stopped at the end; it answers over HTTP."""
+        self._models.free()
+        from stillhouse.workers.serving.http_model import HttpModel
+        from stillhouse.workers.serving.local_server import local_job
+        from stillhouse.workers.serving.server import ServerProcess
+
+        job = local_job(spec)
+        server = ServerProcess(job, spec.log)
+        self._notify(f"serving {spec.folder.name} with the cache {spec.cache}: {spec.log}")
+        try:
+            server.wait_until_ready()
+            yield HttpModel(job, self._models.codec(str(spec.folder)))
+        finally:
+            server.stop()
 
     def fingerprint(self, ref: str) -> str:
         """A hash of a model's files, without loading them (no torch)."""

@@ -6,6 +6,7 @@ answers from a script, for tests.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -207,6 +208,19 @@ class ExportJob:
     cache_plan: Path | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ServedSpec:
+    """An exported model behind a server of its own. cache: plan, kAvB, fp8 or bf16, with the first
+    `sinks` tokens in 16 bits where it is not a plan's; context: tokens of a request at most."""
+
+    folder: Path
+    cache: str
+    dtype: str
+    context: int
+    log: Path
+    sinks: int = 0
+
+
 class Workers(Protocol):
     """The workers of a run. Loading is lazy: asking for one costs nothing until it works."""
 
@@ -232,6 +246,9 @@ class Workers(Protocol):
 
     def export(self, job: ExportJob) -> tuple[Path, ...]:
         """Write a standalone model folder; return its files."""
+
+    def serve(self, spec: ServedSpec) -> AbstractContextManager[ModelWorker]:
+        """A model behind an inference server, stopped at the end; it answers over HTTP."""
 
     def fingerprint(self, ref: str) -> str:
         """A hash of a model's files, without loading them (no torch)."""

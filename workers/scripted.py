@@ -1,7 +1,8 @@
 """Workers that answer from a script: strict, deterministic, without torch."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -23,6 +24,7 @@ from stillhouse.workers.protocols import (
     PairLogp,
     PairWorker,
     ResponseLogp,
+    ServedSpec,
     TrainJob,
     TrainOutcome,
     TrainStep,
@@ -114,6 +116,12 @@ class ScriptedWorkers:
             files = {"config.json": sha256_of(folder / "config.json")}
             write_json(folder / "stillhouse.json", {**job.manifest, "files": files})
         return tuple(sorted(path for path in job.folder.iterdir()))
+
+    @contextmanager
+    def serve(self, spec: ServedSpec) -> Iterator[ModelWorker]:
+        """The script named `served`."""
+        self.count("serve", 1)
+        yield self.model(ModelSpec("served"))
 
     def fingerprint(self, ref: str) -> str:
         """A hash of the reference."""

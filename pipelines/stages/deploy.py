@@ -8,6 +8,7 @@ from stillhouse.configs.base import keyed_values
 from stillhouse.configs.recipe import RecipeConfig
 from stillhouse.pipelines.answering import answer_tokens
 from stillhouse.pipelines.gate import gate
+from stillhouse.pipelines.served import compare_served, replay_served
 from stillhouse.pipelines.stage import Outcome, Part, Stage, Task
 from stillhouse.pipelines.stage_run import StageRun
 from stillhouse.storage.manifest import Counts, FileEntry
@@ -36,12 +37,19 @@ class DeployStage(Stage):
     def waves(self, run: StageRun) -> Iterator[Sequence[Task]]:
         yield [Task("export")]
         yield [Task("replay")]
+        if run.recipe.deploy.engine == "vllm":
+            yield [Task("serve")]
+
+    def tasks_due(self, run: StageRun) -> int:
+        return 2 + (run.recipe.deploy.engine == "vllm")
 
     def work(self, task: Task, run: StageRun) -> Iterator[Part]:
         if task.name == "export":
             yield _export(run)
-        else:
+        elif task.name == "replay":
             yield _replay(run)
+        else:
+            yield replay_served(run, _model_folder(run))
 
     def finish(self, run: StageRun) -> Outcome:
         with run.catalog() as catalog:
@@ -56,12 +64,15 @@ class DeployStage(Stage):
                 f"allowed is a share of {allowed}; see the table `deployments`"
             )
         refused = refused or run.facts("compress")["refused"]
+        served = compare_served(run) if run.recipe.deploy.engine == "vllm" else None
+        refused = refused or (served and served["refused"])
         verdict = _verdict(run)
         facts = {
             "model": run.folder.relative(_model_folder(run)),
             "name": run.recipe.deploy.model_name,
             "asked": asked,
             "same": same,
+            "served": served,
             "refused": refused,
             "gate": verdict,
             "promoted": refused is None and bool(verdict["passed"]),

@@ -42,6 +42,7 @@ def changed(*overrides: str) -> set[str]:
         ("evaluate.gate.min_accuracy=0.1", {"deploy"}),
         ("compress.key_bits=3", {"compress", "deploy"}),
         ("deploy.dtype=bfloat16", {"deploy"}),
+        ("deploy.engine=vllm", {"deploy"}),
         ("data.shard_rows=7", set(STAGES) - {"specialize"}),
         ("data.template.response=' [{text}]'", set(STAGES)),
         ("data.private.limit=3", LATER["specialize"]),

@@ -48,7 +48,13 @@ def free_port() -> int:
 
 def job_of(folder: Path, cache: ServedCache, **options) -> ServeJob:
     """Compiles nothing, and has all cores: the tests' own environment has but one."""
-    given: dict[str, Any] = {"port": free_port(), "key": KEY, "context": 1024, "pool": POOL, "eager": True}
+    given: dict[str, Any] = {
+        "port": free_port(),
+        "key": KEY,
+        "context": 1024,
+        "pool": POOL,
+        "eager": True,
+    }
     return ServeJob(folder, "model", cache, **(given | options))
 
 

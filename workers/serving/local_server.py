@@ -1,0 +1,33 @@
+"""A server for this process alone: a free port, a key that nobody else has."""
+
+import secrets
+import socket
+
+from stillhouse.workers.cache import PLAN_FOLDER
+from stillhouse.workers.protocols import ServedSpec
+from stillhouse.workers.serving.served_cache import PLAN, ServedCache
+from stillhouse.workers.serving.server import ServeJob
+
+_POOL = 1 << 30  # bytes of cache: some hundred short questions at once
+
+
+def local_job(spec: ServedSpec) -> ServeJob:
+    """What to start for it."""
+    folder = spec.folder / PLAN_FOLDER if spec.cache == PLAN else None
+    return ServeJob(
+        folder=spec.folder,
+        name="served",
+        cache=ServedCache(spec.cache, folder, spec.sinks),
+        port=_free_port(),
+        key=secrets.token_urlsafe(32),
+        context=spec.context,
+        dtype=spec.dtype,
+        pool=_POOL,
+        eager=True,
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
