@@ -121,6 +121,14 @@ def read_or_make_key(path: Path) -> str:
     return key
 
 
+def roll_back_champion(name: str, uri: str | None, runs_root: Path) -> tuple[str, str]:
+    """The versions that leave and take the alias `champion`; TrackingError as `roll_back`."""
+    from stillhouse.storage.tracking.champions import roll_back
+    from stillhouse.storage.tracking.database import default_uri
+
+    return roll_back(uri or default_uri(runs_root), name)
+
+
 def start_server(job: ServeJob) -> RunningServer:
     """Refuses what cannot be served, then starts; wait for it with `wait_until_ready`."""
     return ServerProcess(job, log_file(job.port))

@@ -65,7 +65,8 @@ class DeployStage(Stage):
             )
         refused = refused or run.facts("compress")["refused"]
         served = compare_served(run) if run.recipe.deploy.engine == "vllm" else None
-        refused = refused or (served and served["refused"])
+        if served is not None:
+            refused = refused or served["refused"]
         verdict = _verdict(run)
         facts = {
             "model": run.folder.relative(_model_folder(run)),

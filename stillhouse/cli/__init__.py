@@ -25,6 +25,7 @@ app = typer.Typer(
 app.add_typer(bench.app, name="bench")
 app.command()(serving.serve)
 app.command()(serving.chat)
+app.command()(serving.deploy)
 
 RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")]
 Overrides = Annotated[

@@ -81,6 +81,28 @@ def serve(
         raise typer.Exit(1)
 
 
+def deploy(
+    name: Annotated[str, typer.Argument(help="A registered model (deploy.model_name).")],
+    rollback: Annotated[
+        bool, typer.Option("--rollback", help="Make the champion before champion again.")
+    ] = False,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="The MLflow server; else the database beside the runs.")
+    ] = None,
+    runs_root: Annotated[Path, typer.Option(help="Where the runs are.")] = Path("runs"),
+) -> None:
+    """Take a promotion back. (A run's last stage deploys: `stillhouse run RECIPE`.)"""
+    from stillhouse.pipelines.serving import roll_back_champion
+
+    if not rollback:
+        raise ConfigError(
+            "deploy: expected --rollback, found nothing to do; a student is deployed by its run: "
+            "stillhouse run RECIPE"
+        )
+    now, before = roll_back_champion(name, tracking_uri, runs_root)
+    print(f"{name}: champion is version {before} again, no longer {now}")
+
+
 def chat(
     port: Port = 8000,
     host: Annotated[str, typer.Option(help="Where the server is.")] = "127.0.0.1",

@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING
 from stillhouse.errors import TrackingError
 from stillhouse.storage.events import Event
 from stillhouse.storage.layout import RunFolder
+from stillhouse.storage.tracking.champions import crown
 from stillhouse.storage.tracking.fields import entity_name, flattened, quoted, release
 from stillhouse.storage.tracking.runs import ID_TAG, RunStore
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-CANDIDATE, CHAMPION = "candidate", "champion"
+CANDIDATE = "candidate"
 
 
 class ModelStore:
@@ -39,7 +40,7 @@ class ModelStore:
                 f"event {event.id} promotes the model {name!r}, which this run has not registered "
                 f"(registered: {sorted(self._runs.state.versions) or 'none'})."
             )
-        self._client.set_registered_model_alias(name, CHAMPION, registered)
+        crown(self._client, name, registered)
 
     def _logged_model(self, identity: str) -> str | None:
         """Return the id of the model this event has logged; half-uploaded ones are deleted."""

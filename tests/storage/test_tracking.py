@@ -11,6 +11,7 @@ from mlflow import MlflowClient
 from stillhouse.errors import TrackingError
 from stillhouse.storage.events import EventLog
 from stillhouse.storage.layout import RunFolder
+from stillhouse.storage.tracking.champions import crown, roll_back
 from stillhouse.storage.tracking.database import default_uri
 from stillhouse.storage.tracking.tracker import Tracker
 
@@ -297,3 +298,21 @@ assert Tracker(RunFolder(root / name), log, default_uri(root), "both", name).flu
     client = MlflowClient(default_uri(tmp_path))
     runs = client.search_runs([client.get_experiment_by_name("both").experiment_id])
     assert sorted(run.info.run_name for run in runs) == ["one", "two"]
+
+
+def test_the_champion_before_is_one_step_away(mlflow_server, client) -> None:
+    client.create_registered_model("crowned")
+    first, second = (
+        str(client.create_model_version("crowned", "s3://nowhere/model").version) for _ in range(2)
+    )
+    with pytest.raises(TrackingError, match="expected a champion of 'crowned' at"):
+        roll_back(mlflow_server.uri, "crowned")
+    crown(client, "crowned", first)
+    with pytest.raises(TrackingError, match="before version 1, found none: it is the first"):
+        roll_back(mlflow_server.uri, "crowned")
+    crown(client, "crowned", second)
+    crown(client, "crowned", second)  # a resumed run promotes again
+    assert roll_back(mlflow_server.uri, "crowned") == (second, first)
+    assert client.get_model_version_by_alias("crowned", "champion").version == first
+    with pytest.raises(TrackingError, match="expected a champion of 'nobody'"):
+        roll_back(mlflow_server.uri, "nobody")

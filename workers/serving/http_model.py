@@ -82,9 +82,12 @@ def _completion(answer: dict[str, Any] | Failed, prompt_tokens: int) -> Completi
     if isinstance(answer, Failed):
         return answer
     [choice] = answer["choices"]
-    finish = "length" if choice["finish_reason"] == "length" else "stop"
-    tokens = answer["usage"]["completion_tokens"]
-    return Completion(choice["text"].strip(), finish, tokens, prompt_tokens)
+    return Completion(
+        choice["text"].strip(),
+        "length" if choice["finish_reason"] == "length" else "stop",
+        answer["usage"]["completion_tokens"],
+        prompt_tokens,
+    )
 
 
 def _logps(answer: dict[str, Any], prompt: int, response: list[int]) -> ResponseLogp | Failed:
