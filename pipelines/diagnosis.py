@@ -1,8 +1,10 @@
 """What this machine has of what a recipe needs; each check names its cure."""
 
 import importlib.util
+import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,9 +46,24 @@ def diagnose(recipe: RecipeConfig) -> Iterator[Check]:
     for ref in refs:
         if ref is not None and ref != "stage:specialize":
             yield _reference("model", ref)
+    yield _kernels()
     for source in (*recipe.data.pool, recipe.data.questions, recipe.data.private):
         if source is not None:
             yield _reference("data", source.ref)
+
+
+def _kernels() -> Check:
+    # In a process of its own: this one loads nothing heavy.
+    command = [sys.executable, "-m", "stillhouse.workers.serving.machine"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines()[-1:] or ["nothing"]
+        return Check("attention kernels", False, said[0], "run `make setup`")
+    found = json.loads(done.stdout)
+    text = f"within {found['error']:.1g} of float64 over packed pages (worst: {found['name']})"
+    return Check(
+        "attention kernels", found["error"] <= found["allowed"], text, "report this output"
+    )
 
 
 def _package(name: str) -> Check:
