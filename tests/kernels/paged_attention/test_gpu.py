@@ -6,6 +6,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -65,8 +66,9 @@ def compared(
 
 
 def _on_cpu(basis: CodedBasis) -> CodedBasis:
-    maps = (basis.into_HDC, basis.back_HCD, basis.mean_HD)
-    return CodedBasis(basis.format, *(None if part is None else part.cpu() for part in maps))
+    names = ("into_HDC", "back_HCD", "mean_HD")
+    maps = {name: part for name in names if (part := getattr(basis, name)) is not None}
+    return replace(basis, **{name: part.cpu() for name, part in maps.items()})
 
 
 @pytest.mark.parametrize("bits", [(2, 2), (3, 3), (4, 4), (8, 8), (3, 2), (8, 4), (2, 8)])
@@ -282,6 +284,30 @@ def test_what_does_not_fit_is_refused_with_what_was_expected_and_found() -> None
     refused("within 5 raw tokens", case, query, raw=RawTokens(raw, raw, first, last))
     brain = raw.bfloat16()
     refused("in the queries' torch.float16", case, query, raw=RawTokens(brain, raw, first, last))
+
+
+def test_fits_of_other_heads_and_other_head_sizes_are_refused() -> None:
+    """Their maps would be read past their ends."""
+    two, one, shared = fitted(4, 64, 64, 2), fitted(4, 64, 64, 1), codec_of(4, 64)
+    for codecs, heads, found in (
+        ((two, shared), 2, 4),
+        ((shared, two), 2, 1),
+        ((shared, one), 1, 2),
+    ):
+        fits = paged(codecs, RANGES, heads, 32)
+        assert compared(fits, queries(4, heads, 3, 64) / 4, "cpu") < BOUND[torch.float16]
+        other = paged((shared, shared), RANGES, found, 32)
+        case = replace(other, bases=fits.bases)
+        refused(f"expected {heads} heads, one for each map, found {found}", case,
+                queries(4, found, 3, 64))  # fmt: skip
+    wide = CodedBasis.of(fitted(4, 64, 80, 1), "cpu")
+    right = CodedBasis.of(shared, "cpu")
+    with pytest.raises(ValueError, match="keys of a head size of 64, found a codec of 80"):
+        GpuDecoder(wide, right, 32, 64, scaling=1.0)
+    with pytest.raises(ValueError, match="values of a head size of 64, found a codec of 80"):
+        GpuDecoder(right, wide, 32, 64, scaling=1.0)
+    with pytest.raises(ValueError, match="keys of a head size of 80, found a codec of 64"):
+        GpuDecoder(CodedBasis.of(codec_of(8, 64), "cpu"), wide, 32, 80, scaling=1.0)
 
 
 def _shifted(pages: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stillhouse.kernels.paged_attention.gpu import GpuDecoder, RawTokens
+from stillhouse.kernels.paged_attention.gpu import CodedBasis, GpuDecoder, RawTokens
 from stillhouse.kernels.paged_attention.gpu_chunk import ChunkTokens, attend_chunk
 from stillhouse.kernels.paged_attention.reference import chunk_shares
 from tests.kernels.paged_attention.gpu_pages import Paged, codec_of, fitted, paged
@@ -166,6 +166,12 @@ def test_what_does_not_fit_is_refused() -> None:
             attend_chunk(decoder, query, case.keys, case.values, case.sequences, chunk, group=group)
 
     refused("rows of 3 queries a token, found 8", query, chunk, 3)
+    one = CodedBasis.of(fitted(4, 64, 64, 1), "cpu")
+    with pytest.raises(ValueError, match="expected 1 heads, one for each map, found 2"):
+        attend_chunk(
+            GpuDecoder(one, case.bases[1], 32, 64, scaling=1 / 8), query, *case.to("cpu"), chunk,
+            group=2,
+        )  # fmt: skip
     refused("raw tokens of 8 queries' tokens or more, found 7", query, chunk, 1)
     refused("in the queries' torch.bfloat16", query.bfloat16(), chunk)
     refused("past history's ends", query, chunk._replace(position_B=chunk.position_B - 30))
