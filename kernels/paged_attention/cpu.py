@@ -140,12 +140,12 @@ class PackedDecoder:
         offset_BHG: Tensor | None = None,
         threads: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The softmax over packed tokens and those in 16 bits; a sequence needs one of either.
+        """The softmax over packed tokens and those in 16 bits, in both parts.
 
         As `attend`, but query_BHGC and offset_BHG are times log2 e, too. Returns the shares of the
         packed values in their coded basis, float32 [B, H, G, V], and those of the raw values and of
-        the packed ones' mean, [B, H, G, D]: the result is the sum of both in one basis. ValueError
-        as `attend`, and for a head size below 16.
+        the packed ones' mean, [B, H, G, D]: the result is the sum of both in one basis, and zeros
+        where a sequence sees no token. ValueError as `attend`, and for a head size below 16.
         """
         inputs = Inputs(query_BHGC, (keys, values), ranges, table_BW, offset_BHG)
         require(self._key, self._value, self.pages.tokens, self.group, inputs)

@@ -97,6 +97,23 @@ def test_one_softmax(
     assert float((one - two).norm() / two.norm()) < 1e-5
 
 
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_a_sequence_that_sees_no_token_gets_zeros(softcap: float) -> None:
+    format, spans = pages_of(64), [(0, 0), (9, 9), (0, 20), (20, 20)]
+    made = filled(format, [20, 20, 20, 20], HEADS, GROUP)
+    kinds = (torch.float16, torch.float16)
+    seen = [(0, 0, 0, 0), (2, 2, 3, 3), (0, 0, 0, 0), (0, 1, 0, 0)]
+    raw = raw_tokens(4, (2, 3), 64, kinds, seen)
+    found = cpu.decoder(format, GROUP, softcap).attend_with(
+        made.query * LOG2E, PackedHalf(made.keys), PackedHalf(made.values), spans, raw, made.table
+    )
+    for part in found:
+        assert not part[:2].any()
+        assert bool(part.isfinite().all())
+    assert bool(found[0][2].any())
+    assert bool(found[1][3].any())
+
+
 def test_raw_tokens_that_do_not_fit_are_refused() -> None:
     format = pages_of(16)
     made = filled(format, [20], HEADS, GROUP)
