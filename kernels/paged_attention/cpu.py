@@ -26,7 +26,13 @@ from stillhouse.kernels.paged_attention.cpu_spec import (
 )
 from stillhouse.kernels.paged_attention.cpu_threads import run_together
 from stillhouse.kernels.paged_attention.pages import PageFormat, RecordFormat
-from stillhouse.kernels.paged_attention.refusals import HalfShape, Inputs, require, require_raw
+from stillhouse.kernels.paged_attention.refusals import (
+    HalfShape,
+    Inputs,
+    require,
+    require_least,
+    require_raw,
+)
 from stillhouse.kernels.turboquant import gaussian_codebook
 
 LOG2E = 1.4426950408889634
@@ -119,6 +125,7 @@ class PackedDecoder:
         """
         inputs = Inputs(query_BHGC, (keys, values), ranges, table_BW, offset_BHG)
         require(self._key, self._value, self.pages.tokens, self.group, inputs)
+        require_least("threads", threads, 1)
         offset = None if offset_BHG is None else offset_BHG.float() * LOG2E
         spans = [(*span, 0, 0, 0, 0) for span in ranges]
         words, kept = self._packed(inputs._replace(query=query_BHGC * LOG2E, offset=offset), spans)
@@ -150,6 +157,7 @@ class PackedDecoder:
         inputs = Inputs(query_BHGC, (keys, values), ranges, table_BW, offset_BHG)
         require(self._key, self._value, self.pages.tokens, self.group, inputs)
         require_raw(raw, query_BHGC.shape)
+        require_least("threads", threads, 1)
         spans = [(*one, *two) for one, two in zip(ranges, raw.ranges, strict=True)]
         words, kept = self._packed(inputs, spans)
         batch, heads, group, _ = query_BHGC.shape
@@ -192,7 +200,7 @@ class PackedDecoder:
         """The job's words for packed tokens, and what they point to."""
         query, halves, ranges, table, offset = inputs
         batch, heads, group, _ = query.shape
-        splits = max(1, *(split_count(*span) for span in ranges))
+        splits = max([1, *(split_count(*span) for span in ranges)])
         # ctypes' arrays are made faster than tensors, and one tensor faster than two.
         flat = [end for span in spans for end in span]
         spans_B6 = (ctypes.c_int64 * len(flat))(*flat)

@@ -31,7 +31,13 @@ from stillhouse.kernels.paged_attention.cpu_multiply import ROWS
 from stillhouse.kernels.paged_attention.cpu_spec import padded, value_lanes
 from stillhouse.kernels.paged_attention.cpu_threads import run_together
 from stillhouse.kernels.paged_attention.pages import PageFormat, RecordFormat
-from stillhouse.kernels.paged_attention.refusals import HalfShape, Inputs, require, require_chunk
+from stillhouse.kernels.paged_attention.refusals import (
+    HalfShape,
+    Inputs,
+    require,
+    require_chunk,
+    require_least,
+)
 
 _Job = ctypes.c_int64 * len(CHUNK_WORDS)
 
@@ -118,6 +124,8 @@ class ChunkDecoder:
         batch, heads, rows = query_BHMC.shape[:3]
         require(self._key, self._value, self.pages.tokens, rows, inputs)
         require_chunk(chunk, query_BHMC.shape, spans, self.group)
+        require_least("threads", threads, 1)
+        require_least("a window", window, 0)
         dim, count = chunk.query_BHMD.shape[-1], chunk.key_BHRD.shape[2]
         wide, filled, most = padded(dim), -(-rows // ROWS) * ROWS, -(-count // RAW_STEP) * RAW_STEP
         more = filled - rows

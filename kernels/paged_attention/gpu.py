@@ -37,6 +37,7 @@ from stillhouse.kernels.paged_attention.gpu_refusals import (
     require_table,
 )
 from stillhouse.kernels.paged_attention.pages import PageFormat, VectorFormat
+from stillhouse.kernels.paged_attention.refusals import require_least
 from stillhouse.kernels.paged_attention.triton_attend import attend_kernel
 from stillhouse.kernels.paged_attention.triton_merge import merge_kernel
 from stillhouse.kernels.paged_attention.triton_query import query_kernel
@@ -164,6 +165,7 @@ class GpuDecoder:
         token is seen. ValueError, before anything is launched, for what does not fit.
         """
         require_decode(self, query_BHGD, (keys_NHY, values_NHY), sequences, raw)
+        require_least("splits", splits, 1)
         if not trusted:
             require_table(self.pages.tokens, (keys_NHY, values_NHY), sequences, raw)
         shape = self.shape(query_BHGD, raw=raw is not None)

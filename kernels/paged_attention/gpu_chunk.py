@@ -27,6 +27,7 @@ from stillhouse.kernels.paged_attention.gpu_refusals import (
     require_places,
     require_table,
 )
+from stillhouse.kernels.paged_attention.refusals import require_least
 from stillhouse.kernels.paged_attention.triton_chunk import chunk_kernel, finish_kernel
 
 
@@ -65,6 +66,7 @@ def attend_chunk(
     [B, H, M]. ValueError, before anything is launched, for what does not fit.
     """
     require_chunk(decoder, query_BHMD, (keys_NHY, values_NHY), sequences, chunk, group)
+    require_least("a window", window, 0)
     if not trusted:
         require_table(decoder.pages.tokens, (keys_NHY, values_NHY), sequences, None)
         require_places(sequences, chunk, query_BHMD.shape[2] // group)

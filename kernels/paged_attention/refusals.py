@@ -15,6 +15,12 @@ LEAST_RECORDS = 16  # a block of tokens; it reaches back, never past the end
 LEAST_DIM = 16  # head size of tokens in 16 bits: the lanes of a vector
 
 
+def require_least(name: str, found: int | None, least: int) -> None:
+    """ValueError for a number below the least; None is a choice of its own."""
+    if found is not None and found < least:
+        raise ValueError(f"expected {name} of {least} or more, found {found}")
+
+
 class Inputs(NamedTuple):
     """What is read by address; see `cpu.PackedDecoder.attend`. packed: `PackedHalf`s."""
 

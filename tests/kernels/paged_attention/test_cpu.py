@@ -256,6 +256,9 @@ def test_what_does_not_fit_is_refused() -> None:
     def changed(**parts: torch.Tensor) -> Filled:
         return dataclasses.replace(made, **parts)
 
+    for threads in (0, -1):
+        with pytest.raises(ValueError, match=f"threads of 1 or more, found {threads}"):
+            attend(format, made, span, threads=threads)
     for wrong, ranges, words in (
         (changed(query=made.query.double()), span, r"float32 queries \[1, 2, 3, 64\], found"),
         (changed(query=made.query[..., 1:]), span, "float32 queries"),
@@ -269,6 +272,14 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             attend(format, wrong, ranges)
+
+
+def test_a_batch_of_no_sequences_has_empty_results() -> None:
+    format = pages_of(64, 4, 4)
+    made = filled(format, [20], heads=2, group=3)
+    none = dataclasses.replace(made, query=made.query[:0], table=made.table[:0])
+    found = attend(format, none, [], threads=2)
+    assert [list(part.shape) for part in found] == [[0, 2, 3], [0, 2, 3], [0, 2, 3, 64]]
 
 
 def test_code_is_kept_and_a_damaged_file_is_made_again(

@@ -120,9 +120,11 @@ def test_raw_tokens_that_do_not_fit_are_refused() -> None:
     kinds = (torch.float16, torch.float16)
     good = raw_tokens(1, (2, 3), 16, kinds, [(0, 2, 0, 3)])
 
-    def attend(raw: RawTokens) -> None:
+    def attend(raw: RawTokens, threads: int | None = None) -> None:
         halves = PackedHalf(made.keys), PackedHalf(made.values)
-        cpu.decoder(format, GROUP).attend_with(made.query, *halves, [(0, 20)], raw, made.table)
+        cpu.decoder(format, GROUP).attend_with(
+            made.query, *halves, [(0, 20)], raw, made.table, threads=threads
+        )
 
     attend(good)
     narrow = raw_tokens(1, (2, 3), 8, kinds, [(0, 2, 0, 3)])
@@ -139,6 +141,18 @@ def test_raw_tokens_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             attend(raw)
+    with pytest.raises(ValueError, match="threads of 1 or more, found -1"):
+        attend(good, threads=-1)
+
+
+def test_a_batch_of_no_sequences_has_empty_results() -> None:
+    format = pages_of(16)
+    made = filled(format, [20], HEADS, GROUP)
+    raw = raw_tokens(0, (2, 3), 16, (torch.float16, torch.float16), [])
+    out, plain = cpu.decoder(format, GROUP).attend_with(
+        made.query[:0], PackedHalf(made.keys), PackedHalf(made.values), [], raw, made.table[:0]
+    )
+    assert (list(out.shape), list(plain.shape)) == ([0, HEADS, GROUP, 16], [0, HEADS, GROUP, 16])
 
 
 def attended(format: PageFormat, made: Filled, threads: int) -> Tensor:

@@ -282,6 +282,9 @@ def test_what_does_not_fit_is_refused_with_what_was_expected_and_found() -> None
     refused("pages from 0 to", case, query, Sequences(table - 1, first, last))
     refused(r"raw values \[4, 2, 5, 64\]", case, query, raw=RawTokens(raw, raw[1:], first, last))
     refused("within 5 raw tokens", case, query, raw=RawTokens(raw, raw, first, last))
+    for splits in (0, -1):
+        with pytest.raises(ValueError, match=f"splits of 1 or more, found {splits}"):
+            decoder_of(case, 64).attend(query, *case.to("cpu"), splits=splits)
     brain = raw.bfloat16()
     refused("in the queries' torch.float16", case, query, raw=RawTokens(brain, raw, first, last))
 

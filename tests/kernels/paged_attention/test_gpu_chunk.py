@@ -166,6 +166,8 @@ def test_what_does_not_fit_is_refused() -> None:
             attend_chunk(decoder, query, case.keys, case.values, case.sequences, chunk, group=group)
 
     refused("rows of 3 queries a token, found 8", query, chunk, 3)
+    with pytest.raises(ValueError, match="a window of 0 or more, found -1"):
+        attend_chunk(decoder, query, *case.to("cpu"), chunk, group=2, window=-1)
     one = CodedBasis.of(fitted(4, 64, 64, 1), "cpu")
     with pytest.raises(ValueError, match="expected 1 heads, one for each map, found 2"):
         attend_chunk(
