@@ -115,9 +115,9 @@ class PackedDecoder:
         """Softmax sums over the packed tokens [first, last) of each sequence.
 
         query_BHGC: float32, in the keys' coded basis, times the softmax scale. table_BW: int32, the
-        page of each `pages.tokens` tokens of a sequence; None for records. offset_BHG: float32,
-        added to every score, as a query's product with the keys' mean. threads: torch's number by
-        default; the result's bits do not depend on it.
+        page of each `pages.tokens` tokens of a sequence, anything where no range is; None for
+        records. offset_BHG: float32, added to every score, as a query's product with the keys'
+        mean. threads: torch's number by default; the result's bits do not depend on it.
 
         Returns float32 m [B, H, G], the greatest score (-1e30 · ln 2 for an empty range),
         l = Σ exp(s - m) [B, H, G] and Σ exp(s - m) · value [B, H, G, V]: divide by l, or merge with

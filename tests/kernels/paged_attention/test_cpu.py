@@ -274,6 +274,35 @@ def test_what_does_not_fit_is_refused() -> None:
             attend(format, wrong, ranges)
 
 
+@settings(max_examples=20)
+@given(
+    st.sampled_from([16, 64]),
+    st.lists(st.tuples(st.integers(0, 150), st.integers(0, 150)), min_size=1, max_size=4),
+)
+def test_entries_of_a_table_that_no_range_uses_may_be_anything(
+    tokens: int, ends: list[tuple[int, int]]
+) -> None:
+    """Nor does what is asked for early lie past a range, where its table has no pages."""
+    format = pages_of(64, 4, 4, tokens)
+    made = filled(format, [max(pair) for pair in ends], heads=2, group=1)
+    filling = torch.full((len(ends), 3), 7)
+    table = torch.cat((filling, made.table, filling), dim=1).int()
+    ranges = [(first + 3 * tokens, last + 3 * tokens) for first, last in ends]
+    place = torch.arange(table.shape[1])
+    for row, (first, last) in enumerate(ranges):
+        unused = (place < first // tokens) | (place >= -(-last // tokens)) | (first >= last)
+        table[row, unused] = torch.tensor([-1, 10_000, -(2**31)])[place[unused] % 3].int()
+    found = attend(format, dataclasses.replace(made, table=table), ranges, threads=2)
+    for one, two in zip(found, attend(format, made, ends, threads=2), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+    for row, (first, last) in enumerate(ranges):
+        if first < last:
+            wrong = table.clone()
+            wrong[row, (last - 1) // tokens] = -1
+            with pytest.raises(ValueError, match=r"expected pages from 0 to .*, found -1 to"):
+                attend(format, dataclasses.replace(made, table=wrong), ranges)
+
+
 def test_a_batch_of_no_sequences_has_empty_results() -> None:
     format = pages_of(64, 4, 4)
     made = filled(format, [20], heads=2, group=3)
