@@ -55,7 +55,7 @@ _TYPES = {
 _RAW = ("raw_keys_ptr", "raw_values_ptr", "raw_first_ptr", "raw_last_ptr")
 _MAPS = ("map_ptr", "mean_ptr")
 # What has any value: counts, and the length of a page table's rows.
-_PLAIN = frozenset({"pages", "stride_table", "ROWS", "rows", "raw_tokens", "window", "T"})
+_PLAIN = frozenset({"pages", "room", "stride_table", "ROWS", "rows", "raw_tokens", "window", "T"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -244,7 +244,8 @@ class GpuDecoder:
             query, *coded, *pages, self.columns(query.device), *sequences, *raw_parts,
             sums, raw_sums, ml,
             self.scale, self.cap, *query.stride()[:2], *page_strides, table.stride(0),
-            *raw_strides, min(half.shape[0] for half in pages),
+            *raw_strides, min(half.shape[0] for half in pages), table.shape[1] * self.pages.tokens,
+            0 if raw is None else raw.key_BHRD.shape[2],
             **attend_options(shape, splits, check=self.check, asm=ASM),
         )  # fmt: skip
         return sums, raw_sums, ml

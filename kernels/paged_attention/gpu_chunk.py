@@ -85,8 +85,9 @@ def attend_chunk(
             *sequences, chunk.position_B, chunk.hidden_B, *chunk[:2], sums, raw_sums, ml,
             decoder.scale, decoder.cap, *query_BHMD.stride()[:2], *strides,
             sequences.table_BW.stride(0), *raw_strides,
-            min(keys_NHY.shape[0], values_NHY.shape[0]), rows, chunk.key_BHRD.shape[2], window,
-            **options,
+            min(keys_NHY.shape[0], values_NHY.shape[0]),
+            sequences.table_BW.shape[1] * decoder.pages.tokens,
+            rows, chunk.key_BHRD.shape[2], window, **options,
         )  # fmt: skip
         return _finish(decoder, query_BHMD, (sums, raw_sums, ml))
 

@@ -12,12 +12,12 @@ values.
 import triton
 import triton.language as tl
 
-from stillhouse.kernels.paged_attention.triton_attend import attend_packed, store_sums
+from stillhouse.kernels.paged_attention.triton_attend import attend_packed, packed_range, store_sums
 from stillhouse.kernels.paged_attention.triton_merge import LN2, LOWEST
 from stillhouse.kernels.paged_attention.triton_scores import capped, raw_product
 
 
-@triton.jit(do_not_specialize=["rows", "raw_tokens", "window", "pages", "stride_table"])
+@triton.jit(do_not_specialize=["pages", "room", "rows", "raw_tokens", "window", "stride_table"])
 def chunk_kernel(
     query_ptr,
     coded_ptr,
@@ -50,6 +50,7 @@ def chunk_kernel(
     stride_rvb,
     stride_rvh,
     pages,
+    room,
     rows,
     raw_tokens,
     window,
@@ -81,8 +82,7 @@ def chunk_kernel(
     row = top_row + tl.arange(0, M)
     live_row = row < rows
     position = tl.load(position_ptr + b)
-    first = tl.load(first_ptr + b)
-    last = tl.maximum(tl.load(last_ptr + b), first)
+    first, last = packed_range(first_ptr + b, last_ptr + b, room, CHECK)
     seen = first + tl.zeros((M,), tl.int32)  # the first token of history that each row sees
     lowest, highest = first, first
     if HAS_WINDOW:
@@ -107,6 +107,8 @@ def chunk_kernel(
     before = raw_tokens - rows // G  # raw tokens older than the chunk
     end = tl.minimum(raw_tokens, before + (tl.minimum(top_row + M, rows) + G - 1) // G)
     begin = tl.load(hidden_ptr + b)
+    if CHECK:
+        tl.device_assert((begin >= 0) & (begin <= before), "raw tokens out of range")
     if HAS_WINDOW:
         begin = tl.maximum(begin, before + top_row // G - window + 1)
     m, total, plain = _attend_causal(

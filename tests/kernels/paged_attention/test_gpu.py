@@ -359,6 +359,34 @@ def test_the_debug_mode_finds_a_page_that_does_not_exist() -> None:
         )
 
 
+@pytest.mark.usefixtures("debugging")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"last": 1}, "packed tokens out of range"),
+        ({"first": -41}, "packed tokens out of range"),
+        ({"raw_last": 1}, "raw tokens out of range"),
+        ({"raw_first": -1}, "raw tokens out of range"),
+    ],
+)
+def test_the_debug_mode_finds_ranges_past_a_table_and_past_raw_tokens(
+    change: dict[str, int], words: str
+) -> None:
+    case = paged((codec_of(4, 64), codec_of(4, 64)), [(40, 64)], 1, 32)
+    key, zero = queries(1, 1, 5, 64), torch.zeros(1, dtype=torch.int32)
+    table, first, last = case.sequences
+    decoder, query = decoder_of(case, 64, check=True), queries(1, 1, 2, 64)
+
+    def attend(**by: int) -> None:
+        at = Sequences(table, first + by.get("first", 0), last + by.get("last", 0))
+        raw = RawTokens(key, key, zero + by.get("raw_first", 0), zero + 5 + by.get("raw_last", 0))
+        decoder.attend(query, case.keys, case.values, at, raw=raw, splits=1, trusted=True)
+
+    attend()
+    with pytest.raises(InterpreterError, match=words):
+        attend(**change)
+
+
 def test_splits_fill_a_gpu_once_and_have_two_tiles_or_more() -> None:
     shape = AttendShape(128, 128, 128, 4, 4, 4, 128)
     assert split_count(shape, 8, 100, 132) == 1

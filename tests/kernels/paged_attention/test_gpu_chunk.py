@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton.runtime.errors import InterpreterError
 
 from stillhouse.kernels.paged_attention.gpu import CodedBasis, GpuDecoder, RawTokens
 from stillhouse.kernels.paged_attention.gpu_chunk import ChunkTokens, attend_chunk
@@ -154,6 +155,37 @@ def test_one_token_is_a_step_of_decoding_with_its_own_key(device: str) -> None:
     one, one_lse = decoder.attend(query, *places, raw=raw)
     torch.testing.assert_close(out, one, rtol=2e-3, atol=1e-3)
     torch.testing.assert_close(lse, one_lse, rtol=0, atol=1e-3)
+
+
+@pytest.mark.usefixtures("debugging")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"table_BW": 9}, "a page out of range"),
+        ({"last_B": 30}, "packed tokens out of range"),
+        ({"first_B": -1}, "packed tokens out of range"),
+        ({"hidden_B": 4}, "raw tokens out of range"),
+        ({"hidden_B": -1}, "raw tokens out of range"),
+    ],
+)
+def test_the_debug_mode_finds_what_is_out_of_range(change: dict[str, int], words: str) -> None:
+    case = paged((codec_of(4, 64), codec_of(4, 64)), [(0, 40)], 1, 32)
+    decoder = GpuDecoder(*case.bases, 32, 64, scaling=1 / 8, check=True)
+    query, chunk = drawn(1, 1, 1, 8, 64), chunk_of(case, 4, 3, 64)
+    chunk = chunk._replace(hidden_B=torch.zeros_like(chunk.hidden_B))
+
+    def attend(**by: int) -> None:
+        where, moved = case.sequences, chunk
+        for name, step in by.items():
+            if name == "hidden_B":
+                moved = moved._replace(hidden_B=moved.hidden_B + step)
+            else:
+                where = where._replace(**{name: getattr(where, name) + step})
+        attend_chunk(decoder, query, case.keys, case.values, where, moved, group=2, trusted=True)
+
+    attend()
+    with pytest.raises(InterpreterError, match=words):
+        attend(**change)
 
 
 def test_what_does_not_fit_is_refused() -> None:
