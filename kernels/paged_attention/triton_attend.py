@@ -22,6 +22,7 @@ from stillhouse.kernels.paged_attention.triton_scores import (
     raw_product,
     scalars,
     split_queries,
+    weighted_raw,
 )
 from stillhouse.kernels.paged_attention.triton_unpack import (
     channel_of,
@@ -163,7 +164,7 @@ def _attend_raw(
     D: tl.constexpr, D_PAD: tl.constexpr, M: tl.constexpr, HAS_CAP: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    """m, l and sums [M, D_PAD] over tokens [first, last) in 16 bits; weights have twice as many."""
+    """m, l and sums [M, D_PAD] over tokens [first, last) in 16 bits."""
     column = tl.arange(0, D_PAD)
     query = tl.load(
         query_ptr + row[:, None] * D + column[None, :],
@@ -187,10 +188,7 @@ def _attend_raw(
         fade = tl.exp2(m - top)
         m = top
         total = total * fade + tl.sum(weight, axis=1)
-        high = weight.to(value.dtype)
-        low = (weight - high.to(tl.float32)).to(value.dtype)
-        sums = raw_product(high, value, sums * fade[:, None], ASM)
-        sums = raw_product(low, value, sums, ASM)
+        sums = weighted_raw(weight, value, sums * fade[:, None], ASM)
     return m, total, sums
 
 

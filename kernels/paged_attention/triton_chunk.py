@@ -14,7 +14,7 @@ import triton.language as tl
 
 from stillhouse.kernels.paged_attention.triton_attend import attend_packed, packed_range, store_sums
 from stillhouse.kernels.paged_attention.triton_merge import LN2, LOWEST
-from stillhouse.kernels.paged_attention.triton_scores import capped, raw_product
+from stillhouse.kernels.paged_attention.triton_scores import capped, raw_product, weighted_raw
 
 
 @triton.jit(do_not_specialize=["pages", "room", "rows", "raw_tokens", "window", "stride_table"])
@@ -162,7 +162,7 @@ def _attend_causal(
         fade = tl.exp2(m - top)
         m = top
         total = total * fade + tl.sum(weight, axis=1)
-        sums = raw_product(weight.to(value.dtype), value, sums * fade[:, None], ASM)
+        sums = weighted_raw(weight, value, sums * fade[:, None], ASM)
     return m, total, sums
 
 

@@ -48,6 +48,15 @@ def raw_product(a, b, sums, ASM: tl.constexpr):
 
 
 @triton.jit
+def weighted_raw(weight, value, sums, ASM: tl.constexpr):
+    """weight · value + sums, weights of float32 as two numbers in the values' 16 bits: one alone
+    would cost as much as rounding the result does."""
+    high = weight.to(value.dtype)
+    low = (weight - high.to(tl.float32)).to(value.dtype)
+    return raw_product(low, value, raw_product(high, value, sums, ASM), ASM)
+
+
+@triton.jit
 def split_queries(query, M: tl.constexpr, TILES: tl.constexpr):
     """Queries for tiles of indices, of which odd ones are 16 times as large, and what a product
     with the centroids has beside those with indices and bytes."""

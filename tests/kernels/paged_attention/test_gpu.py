@@ -21,8 +21,11 @@ from stillhouse.kernels.paged_attention.reference import attend_reference
 from stillhouse.kernels.turboquant import ChannelGroup, HalfCodec, MseCodec
 from tests.kernels.paged_attention.gpu_pages import Paged, codec_of, fitted, paged
 
-# The interpreter cuts bfloat16 off where a GPU rounds it; float16 shows the kernel's own error.
-BOUND = {torch.float16: 2e-3, torch.bfloat16: 5e-3}
+# The norm of a head's error over the norm of its output in float64, the worst head of a batch.
+# Found in the interpreter, which rounds as a GPU does (conftest.py): up to 1.0e-3 in float16, which
+# is the kernel's own (1.7e-3 where an output of 1e-4 is subnormal), and 1.63e-3 to 1.95e-3 in
+# bfloat16, of which rounding the output to 8 bits is 1.7e-3.
+BOUND = 2e-3
 RANGES = [(0, 70), (0, 1), (5, 5), (9, 64)]
 
 
@@ -75,13 +78,13 @@ def _on_cpu(basis: CodedBasis) -> CodedBasis:
 def test_every_format_is_within_the_bound(bits: tuple[int, int], device: str) -> None:
     case = paged((codec_of(bits[0], 64), codec_of(bits[1], 64)), RANGES, 2, 32, device)
     error = compared(case, queries(4, 2, 3, 64), device)
-    assert error < BOUND[torch.float16]
+    assert error < BOUND
 
 
 @pytest.mark.parametrize("dim", [80, 96, 128, 192, 256])
 def test_every_head_size_is_within_the_bound(dim: int, device: str) -> None:
     case = paged((codec_of(3, dim), codec_of(4, dim)), RANGES, 1, 32, device)
-    assert compared(case, queries(4, 1, 4, dim), device) < BOUND[torch.float16]
+    assert compared(case, queries(4, 1, 4, dim), device) < BOUND
 
 
 @pytest.mark.parametrize("group", [16, 17, 33])
@@ -91,15 +94,13 @@ def test_groups_of_more_queries_than_a_tile(group: int, device: str) -> None:
     zero = torch.zeros(2, dtype=torch.int32)
     tokens = RawTokens(*(part.to(device) for part in (key, value, zero, zero + 5)))
     raw = (tokens, list(zip(key, value, strict=True)))
-    assert compared(case, queries(2, 2, group, 64), device, raw=raw) < BOUND[torch.float16]
+    assert compared(case, queries(2, 2, group, 64), device, raw=raw) < BOUND
 
 
 @pytest.mark.parametrize("page", [16, 32, 64, 128])
 def test_pages_of_every_size_and_bfloat16(page: int, device: str) -> None:
     case = paged((codec_of(4, 64), codec_of(8, 64)), [(3, 150), (0, 2)], 2, page, device)
-    query = queries(2, 2, 5, 64, dtype=torch.bfloat16)
-    bound = 2e-3 if device == "cuda" else BOUND[torch.bfloat16]
-    assert compared(case, query, device) < bound
+    assert compared(case, queries(2, 2, 5, 64, dtype=torch.bfloat16), device) < BOUND
 
 
 @settings(max_examples=6)
@@ -127,7 +128,7 @@ def test_ragged_sequences_of_any_format(
     codecs = (codec_of(key_bits, dim), codec_of(value_bits, dim))
     case = paged(codecs, ranges, 1, page, seed=seed)
     query = queries(len(ranges), 1, group, dim, seed=seed)
-    assert compared(case, query, "cpu", splits=splits) < BOUND[torch.float16]
+    assert compared(case, query, "cpu", splits=splits) < BOUND
 
 
 def test_fitted_maps_means_and_fewer_channels(device: str) -> None:
@@ -136,13 +137,13 @@ def test_fitted_maps_means_and_fewer_channels(device: str) -> None:
     assert case.bases[0].mean_HD is not None
     assert case.bases[1].back_HCD is not None
     assert case.bases[1].back_HCD.shape == (2, 64, 96)
-    assert compared(case, queries(4, 2, 3, 96) / 4, device) < BOUND[torch.float16]
+    assert compared(case, queries(4, 2, 3, 96) / 4, device) < BOUND
 
 
 def test_soft_caps(device: str) -> None:
     case = paged((codec_of(4, 64), codec_of(4, 64)), RANGES, 2, 32, device)
     query = queries(4, 2, 3, 64) * 20
-    assert compared(case, query, device, softcap=5.0) < BOUND[torch.float16]
+    assert compared(case, query, device, softcap=5.0) < BOUND
 
 
 def test_tokens_in_16_bits_share_the_softmax(device: str) -> None:
@@ -153,7 +154,7 @@ def test_tokens_in_16_bits_share_the_softmax(device: str) -> None:
     tokens = RawTokens(*(part.to(device) for part in (key, value, first, last)))
     seen = [(key[b, :, i:j], value[b, :, i:j]) for b, (i, j) in enumerate(ends)]
     error = compared(case, queries(4, 2, 3, 64) / 4, device, raw=(tokens, seen))
-    assert error < BOUND[torch.float16]
+    assert error < BOUND
 
 
 def test_weights_of_raw_tokens_are_not_rounded_to_bfloat16(device: str) -> None:
@@ -163,8 +164,7 @@ def test_weights_of_raw_tokens_are_not_rounded_to_bfloat16(device: str) -> None:
     tokens = RawTokens(*(part.to(device) for part in (key, value, zero, zero + 60)))
     query = queries(1, 2, 16, 64, dtype=torch.bfloat16)
     error = compared(case, query, device, raw=(tokens, [(key[0], value[0])]))
-    # No more than rounding the result costs, which the interpreter cuts off.
-    assert error < (1.8e-3 if device == "cuda" else 3.6e-3)
+    assert error < 1.8e-3  # no more than rounding the result costs: 1.63e-3
 
 
 def test_a_sequence_without_tokens_gets_zeros_and_minus_infinity(device: str) -> None:
@@ -179,6 +179,7 @@ def test_a_sequence_without_tokens_gets_zeros_and_minus_infinity(device: str) ->
 
 def test_scores_far_above_and_below_all_others(device: str) -> None:
     case = paged((codec_of(8, 64), codec_of(4, 64)), [(0, 70), (0, 33)], 2, 16, device)
+    # Scores of hundreds, whose last bit in float16 is more than the bound: 2.8e-3.
     assert compared(case, queries(2, 2, 3, 64) * 60, device) < 4e-3
 
 
@@ -190,7 +191,7 @@ def test_values_of_any_size(bits: tuple[int, int], sizes: list[float], device: s
         sizes = [min(size, 50.0) for size in sizes]
     case = paged(codecs, [(0, 70), (9, 64)], 2, 32, device, sizes=torch.tensor(sizes))
     query = queries(2, 2, 3, 64) / max(sizes)
-    assert compared(case, query, device) < BOUND[torch.float16]
+    assert compared(case, query, device) < BOUND
 
 
 @pytest.mark.parametrize("splits", [2, 3, 9])
@@ -298,7 +299,7 @@ def test_fits_of_other_heads_and_other_head_sizes_are_refused() -> None:
         ((shared, one), 1, 2),
     ):
         fits = paged(codecs, RANGES, heads, 32)
-        assert compared(fits, queries(4, heads, 3, 64) / 4, "cpu") < BOUND[torch.float16]
+        assert compared(fits, queries(4, heads, 3, 64) / 4, "cpu") < BOUND
         other = paged((shared, shared), RANGES, found, 32)
         case = replace(other, bases=fits.bases)
         refused(f"expected {heads} heads, one for each map, found {found}", case,
