@@ -77,25 +77,31 @@ def test_channel_groups_of_different_bits() -> None:
     assert_close(format, filled(format, [100], heads=2, group=3), [(0, 100)])
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)  # most compile
 @given(
     st.sampled_from([16, 32, 64, 128]),
-    st.sampled_from([(4, 4), (3, 2), (FP8, 4)]),
+    st.sampled_from([1, 2, 3, 4, 5, FP8]),
+    st.sampled_from([1, 2, 3, 4, 5, FP8]),
+    st.integers(1, 3),
+    st.sampled_from([1, 2, 3]),
     st.lists(st.tuples(st.integers(0, 150), st.integers(0, 150)), min_size=1, max_size=4),
     st.sampled_from([0.0, 2.0]),
     st.integers(0, 2**20),
 )
 def test_ragged_empty_and_cut_ranges(
     tokens: int,
-    bits: tuple[int, int],
+    key_bits: int,
+    value_bits: int,
+    heads: int,
+    group: int,
     ends: list[tuple[int, int]],
     softcap: float,
     seed: int,
 ) -> None:
     """A range may begin anywhere, as a sliding window's does."""
-    format = pages_of(64, *bits, tokens)
+    format = pages_of(64, key_bits, value_bits, tokens)
     ranges = [(min(pair), max(pair)) for pair in ends]
-    made = filled(format, [last for _, last in ranges], heads=2, group=2, seed=seed)
+    made = filled(format, [last for _, last in ranges], heads, group, seed)
     assert_close(format, made, ranges, softcap=softcap)
 
 
