@@ -33,9 +33,9 @@ from stillhouse.kernels.paged_attention.refusals import (
     require_least,
     require_raw,
 )
+from stillhouse.kernels.paged_attention.units import LOG2E as LOG2E  # queries are times it
 from stillhouse.kernels.turboquant import gaussian_codebook
 
-LOG2E = 1.4426950408889634
 _Job = ctypes.c_int64 * len(JOB_WORDS)
 _RAW_PARTS = 2
 

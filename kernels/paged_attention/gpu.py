@@ -42,9 +42,9 @@ from stillhouse.kernels.paged_attention.triton_attend import attend_kernel
 from stillhouse.kernels.paged_attention.triton_merge import merge_kernel
 from stillhouse.kernels.paged_attention.triton_query import query_kernel
 from stillhouse.kernels.paged_attention.triton_unpack import column_tables
+from stillhouse.kernels.paged_attention.units import LOG2E
 from stillhouse.kernels.turboquant import FittedCodec, Fp8Codec, MseCodec
 
-LOG2E = 1.4426950408889634
 GpuCodec = MseCodec | FittedCodec | Fp8Codec
 ASM = isinstance(attend_kernel, triton.runtime.JITFunction)  # the interpreter has no PTX
 _PROCESSORS = 132  # SMs of an H100: what the interpreter's grids are made for

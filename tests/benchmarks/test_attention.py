@@ -18,7 +18,7 @@ from benchmarks.attention_cases import SHAPES, DecodeCase, DecodeKernel, Steps, 
 from benchmarks.attention_packed import PackedKernel, difference, mixed_lengths, packed_kernels
 from benchmarks.attention_peers import FlexKernel, PeerKernel, SdpaKernel
 from benchmarks.attention_served import FlashInferKernel
-from stillhouse.kernels.paged_attention.gpu import GpuDecoder
+from stillhouse.kernels.paged_attention.gpu import GpuDecoder, Sequences
 from stillhouse.kernels.paged_attention.reference import coded_vectors
 
 TOY = DecodeCase("toy", batch=2, context=40, heads=1, group=2, dim=64)
@@ -239,10 +239,16 @@ def test_the_check_sees_what_is_wrong_past_the_tokens_of_mixed_lengths(
     monkeypatch.setattr(attention_packed, "MIXED", 30)
     attend = GpuDecoder.attend
 
-    def short(self: GpuDecoder, *given: Any, **more: Any) -> Any:
-        *rest, sequences = given
+    def short(
+        self: GpuDecoder,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        sequences: Sequences,
+        **more: Any,
+    ) -> Any:
         last = sequences.last_B.clamp_max(30)
-        return attend(self, *rest, sequences._replace(last_B=last), **more)
+        return attend(self, query, keys, values, sequences._replace(last_B=last), **more)
 
     monkeypatch.setattr(GpuDecoder, "attend", short)
     steps = PackedKernel((4, 4), 32).steps(replace(TOY, heads=4, group=4), 1, "cpu")

@@ -25,11 +25,14 @@ from stillhouse.kernels.paged_attention.reference import (
     coded_vectors,
     softmax_sums,
 )
-from stillhouse.kernels.turboquant import ChannelGroup
-from tests.kernels.paged_attention.packed_pages import Filled, filled, vectors
+from tests.kernels.paged_attention.packed_pages import (
+    MIXED_KEY,
+    MIXED_VALUE,
+    Filled,
+    filled,
+    vectors,
+)
 
-MIXED_KEY = VectorFormat((ChannelGroup(16, 5), ChannelGroup(32, 3), ChannelGroup(8, 1)))
-MIXED_VALUE = VectorFormat((ChannelGroup(24, 4), ChannelGroup(40, 2)))
 CLOSE = 1e-5
 
 

@@ -1,6 +1,7 @@
 """Continued prefill over packed history against the definition in float64."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -24,12 +25,15 @@ from stillhouse.kernels.paged_attention.cpu_chunk import (
     rows_of_chunk,
 )
 from stillhouse.kernels.paged_attention.reference import chunk_shares, coded_vectors
-from stillhouse.kernels.turboquant import ChannelGroup
-from tests.kernels.paged_attention.packed_pages import Filled, filled, vectors
+from tests.kernels.paged_attention.packed_pages import (
+    MIXED_KEY,
+    MIXED_VALUE,
+    Filled,
+    filled,
+    vectors,
+)
 
 CLOSE = 1e-5
-MIXED_KEY = VectorFormat((ChannelGroup(16, 5), ChannelGroup(32, 3), ChannelGroup(8, 1)))
-MIXED_VALUE = VectorFormat((ChannelGroup(24, 4), ChannelGroup(40, 2)))
 
 
 def uniform(dim: int, key: int, value: int, tokens: int = 16) -> PageFormat:
@@ -216,7 +220,7 @@ def test_what_does_not_fit_is_refused() -> None:
     chunk, query = chunk_of(made, 2, 3, 64), coded_query(made, 6, 64)
 
     def attend(
-        query: Tensor, chunk: ChunkTokens, span: ChunkSpan, group: int = 2, **more: int
+        query: Tensor, chunk: ChunkTokens, span: ChunkSpan, group: int = 2, **more: Any
     ) -> None:
         halves = PackedHalf(made.keys), PackedHalf(made.values)
         decoder, table = chunk_decoder(format, group), made.table

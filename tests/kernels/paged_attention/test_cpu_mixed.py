@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stillhouse.kernels.paged_attention import PageFormat, VectorFormat, cpu, cpu_threads
-from stillhouse.kernels.paged_attention.cpu import LOG2E, PackedHalf, RawTokens
+from stillhouse.kernels.paged_attention.cpu import PackedHalf, RawTokens
 from stillhouse.kernels.paged_attention.reference import attend_packed_reference
+from stillhouse.kernels.paged_attention.units import LOG2E
 from tests.kernels.paged_attention.packed_pages import Filled, filled
 
 HEADS, GROUP = 2, 3
