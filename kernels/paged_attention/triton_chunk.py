@@ -68,6 +68,7 @@ def chunk_kernel(
     VALUE_COLUMNS: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
+    RAW_BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
@@ -116,7 +117,7 @@ def chunk_kernel(
         raw_keys_ptr + b.to(tl.int64) * stride_rkb + h.to(tl.int64) * stride_rkh,
         raw_values_ptr + b.to(tl.int64) * stride_rvb + h.to(tl.int64) * stride_rvh,
         row, live_row, before + row // G, begin, end, window, scale, cap,
-        D, D_PAD, M, BLOCK, HAS_WINDOW, HAS_CAP, ASM,
+        D, D_PAD, M, RAW_BLOCK, HAS_WINDOW, HAS_CAP, ASM,
     )  # fmt: skip
     column = tl.arange(0, D_PAD)
     tl.store(

@@ -50,10 +50,16 @@ def raw_product(a, b, sums, ASM: tl.constexpr):
 @triton.jit
 def weighted_raw(weight, value, sums, ASM: tl.constexpr):
     """weight · value + sums, weights of float32 as two numbers in the values' 16 bits: one alone
-    would cost as much as rounding the result does."""
+    would cost as much as rounding the result does. A single product, of twice as many terms: with
+    two, registers hold the sums twice."""
     high = weight.to(value.dtype)
     low = (weight - high.to(tl.float32)).to(value.dtype)
-    return raw_product(low, value, raw_product(high, value, sums, ASM), ASM)
+    M: tl.constexpr = weight.shape[0]
+    T: tl.constexpr = weight.shape[1]
+    S: tl.constexpr = value.shape[1]
+    both = tl.reshape(tl.permute(tl.join(high, low), (0, 2, 1)), (M, 2 * T))
+    twice = tl.reshape(tl.permute(tl.join(value, value), (2, 0, 1)), (2 * T, S))
+    return raw_product(both, twice, sums, ASM)
 
 
 @triton.jit
