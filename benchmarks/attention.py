@@ -5,9 +5,9 @@
 
 One decode step of one layer: a query token of each sequence, shapes of Llama-3.1-8B and 70B. Peers
 are those of attention_peers.py and attention_served.py; what is not installed is said. Each of this
-project's kernels is first compared with float64 on the launch that is timed, and not timed where it
-is wrong: the run goes on and ends with exit status 1. What fails or does not fit is a line with its
-reason.
+project's kernels is first compared with float64: the launch that is timed, all heads of one of its
+sequences, and the same launch over mixed lengths. Where it is wrong it is not timed: the run goes
+on and ends with exit status 1. What fails or does not fit is a line with its reason.
 
 A row: the median of replays of a CUDA graph whose steps read caches in turn, together eight times
 the L2 cache, so that every byte comes from memory; bytes of one cache; bytes a second, and their

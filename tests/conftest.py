@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -54,6 +55,27 @@ def numpy_may_overflow() -> Iterator[None]:
 
     # Triton's interpreter computes with NumPy, which warns where a GPU gives an infinity.
     with np.errstate(all="ignore"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def rounding_bfloat16() -> Iterator[None]:
+    """As a GPU does. Triton's interpreter cuts bfloat16 off, which is twice the error."""
+    import numpy as np  # these not before the environment is set
+    import torch
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle, interpreter_builder
+
+    cast = interpreter_builder.cast_impl
+
+    def rounding(source: Any, kind: Any) -> Any:
+        if (source.dtype.scalar, kind.scalar) != (tl.float32, tl.bfloat16):
+            return cast(source, kind)
+        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16()
+        return TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter_builder, "cast_impl", rounding)
         yield
 
 

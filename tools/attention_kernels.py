@@ -29,6 +29,8 @@ SAME = ((4, 4), (3, 3), (2, 2), (8, 8))  # bits of keys and of values
 MIXED = ((4, 3), (4, 2), (3, 2), (8, 4))
 EVERY = tuple((key, value) for key in (2, 3, 4, 8) for value in (2, 3, 4, 8))
 USUAL_GROUP, USUAL_PAGE = 4, 128
+# Head sizes and coded channels of fits that leave some out, in keys and in values.
+UNCODED = ((80, (64, 64)), (96, (80, 64)), (128, (112, 96)), (256, (192, 240)))
 
 # Of all parameters that are no int32. Coded queries are float16, all sums float32.
 _TYPES = {
@@ -55,7 +57,7 @@ _TYPES = {
 _RAW = ("raw_keys_ptr", "raw_values_ptr", "raw_first_ptr", "raw_last_ptr")
 _MAPS = ("map_ptr", "mean_ptr")
 # What has any value: counts, and the length of a page table's rows.
-_PLAIN = frozenset({"pages", "stride_table", "ROWS", "rows", "raw_tokens", "window", "T"})
+_PLAIN = frozenset({"pages", "room", "stride_table", "ROWS", "rows", "raw_tokens", "window", "T"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,17 @@ class AttendConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ChunkConfig(AttendConfig):
+    """`chunk_kernel`, with a window."""
+
+    kernel: str = "chunk"
+
+    def launch(self) -> Launch:
+        given = chunk_options(self.shape, windowed=True, check=self.check, asm=True)
+        return Launch(chunk_kernel, given, _TYPES, _PLAIN)
+
+
+@dataclass(frozen=True, slots=True)
 class QueryConfig:
     """`query_kernel`; full: with a map and a mean."""
 
@@ -120,21 +133,6 @@ class MergeConfig:
         shape = _shape(self.head_dim, (4, 4), raw=self.full)
         given = merge_options(shape, self.splits, mapped=self.full, mean=self.full)
         return Launch(merge_kernel, given | _absent(self.full), _TYPES, _PLAIN)
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkConfig:
-    """`chunk_kernel`, with a window."""
-
-    arch: int
-    head_dim: int
-    bits: tuple[int, int]
-    kernel: str = "chunk"
-
-    def launch(self) -> Launch:
-        shape = _shape(self.head_dim, self.bits)
-        given = chunk_options(shape, windowed=True, check=False, asm=True)
-        return Launch(chunk_kernel, given, _TYPES, _PLAIN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +171,7 @@ class StoreConfig:
         return Launch(store_kernel, given | absent, _TYPES, _PLAIN)
 
 
-OtherConfig = QueryConfig | MergeConfig | ChunkConfig | FinishConfig | StoreConfig
+OtherConfig = QueryConfig | MergeConfig | FinishConfig | StoreConfig
 AttentionConfig = AttendConfig | OtherConfig
 
 
@@ -182,13 +180,20 @@ def shipped() -> Iterator[AttentionConfig]:
     for arch in SHARED_BYTES:
         yield from (AttendConfig(arch, shape) for shape in _shapes(arch))
         yield AttendConfig(arch, _shape(128, (4, 4), raw=True, capped=True), check=True)
+        yield ChunkConfig(arch, _shape(128, (4, 4), capped=True), check=True)
+        yield from (ChunkConfig(arch, _shape(dim, (4, 4), coded=c)) for dim, c in UNCODED)
         for dim in HEAD_DIMS:
+            yield from (ChunkConfig(arch, shape) for shape in _chunk_shapes(arch, dim))
             yield from _others(arch, dim)
 
 
 def _shapes(arch: int) -> Iterator[AttendShape]:
     for dim in HEAD_DIMS:
         yield from (_shape(dim, bits) for bits in _formats(arch, dim))
+        # What a cache launches: its sinks and recent tokens are in 16 bits.
+        yield from (_shape(dim, bits, raw=True) for bits in (EVERY if arch == 90 else SAME))
+    for dim, coded in UNCODED:
+        yield _shape(dim, (4, 4), coded=coded, raw=True)
     # A page of 16 tokens is less than a tile, one of 64 less than the largest.
     for bits, (dim, page) in itertools.product(SAME, ((128, 16), (128, 64), (256, 16))):
         yield _shape(dim, bits, page=page)
@@ -200,9 +205,19 @@ def _shapes(arch: int) -> Iterator[AttendShape]:
 
 
 def _formats(arch: int, dim: int) -> Sequence[tuple[int, int]]:
-    if arch == 90 and dim == 128:
-        return EVERY
-    return SAME + MIXED if arch == 90 or dim == 128 else SAME
+    if dim == 128:
+        return EVERY if arch == 90 else SAME + MIXED
+    return SAME if arch == 90 else ()
+
+
+def _chunk_shapes(arch: int, dim: int) -> Iterator[AttendShape]:
+    if dim == 128:
+        yield from (_shape(dim, bits) for bits in SAME + MIXED)
+    else:
+        yield from (_shape(dim, bits) for bits in (SAME if arch == 90 else SAME[:1]))
+    if dim in (64, 128, 256):
+        yield _shape(dim, (4, 4), capped=True)
+        yield _shape(dim, (4, 4), page=64)
 
 
 def _others(arch: int, dim: int) -> Iterator[OtherConfig]:
@@ -211,7 +226,6 @@ def _others(arch: int, dim: int) -> Iterator[OtherConfig]:
     yield QueryConfig(arch, dim, 16, full=False)
     yield MergeConfig(arch, dim, MOST_SPLITS, full=True)
     yield MergeConfig(arch, dim, 1, full=False)
-    yield ChunkConfig(arch, dim, (4, 4))
     yield FinishConfig(arch, dim)
     for few in (True, False):
         yield StoreConfig(arch, dim, (4, 3), few)  # 3 bits have two planes
@@ -224,10 +238,11 @@ def _shape(
     *,
     group: int = USUAL_GROUP,
     page: int = USUAL_PAGE,
+    coded: tuple[int, int] | None = None,
     raw: bool = False,
     capped: bool = False,
 ) -> AttendShape:
-    return AttendShape(dim, dim, dim, *bits, group, page, raw, capped)
+    return AttendShape(dim, *(coded or (dim, dim)), *bits, group, page, raw, capped)
 
 
 def _absent(full: bool) -> dict[str, None]:

@@ -26,10 +26,16 @@ from stillhouse.kernels.paged_attention.cpu_spec import (
 )
 from stillhouse.kernels.paged_attention.cpu_threads import run_together
 from stillhouse.kernels.paged_attention.pages import PageFormat, RecordFormat
-from stillhouse.kernels.paged_attention.refusals import HalfShape, Inputs, require, require_raw
+from stillhouse.kernels.paged_attention.refusals import (
+    HalfShape,
+    Inputs,
+    require,
+    require_least,
+    require_raw,
+)
+from stillhouse.kernels.paged_attention.units import LOG2E as LOG2E  # queries are times it
 from stillhouse.kernels.turboquant import gaussian_codebook
 
-LOG2E = 1.4426950408889634
 _Job = ctypes.c_int64 * len(JOB_WORDS)
 _RAW_PARTS = 2
 
@@ -109,9 +115,9 @@ class PackedDecoder:
         """Softmax sums over the packed tokens [first, last) of each sequence.
 
         query_BHGC: float32, in the keys' coded basis, times the softmax scale. table_BW: int32, the
-        page of each `pages.tokens` tokens of a sequence; None for records. offset_BHG: float32,
-        added to every score, as a query's product with the keys' mean. threads: torch's number by
-        default; the result's bits do not depend on it.
+        page of each `pages.tokens` tokens of a sequence, anything where no range is; None for
+        records. offset_BHG: float32, added to every score, as a query's product with the keys'
+        mean. threads: torch's number by default; the result's bits do not depend on it.
 
         Returns float32 m [B, H, G], the greatest score (-1e30 · ln 2 for an empty range),
         l = Σ exp(s - m) [B, H, G] and Σ exp(s - m) · value [B, H, G, V]: divide by l, or merge with
@@ -119,6 +125,7 @@ class PackedDecoder:
         """
         inputs = Inputs(query_BHGC, (keys, values), ranges, table_BW, offset_BHG)
         require(self._key, self._value, self.pages.tokens, self.group, inputs)
+        require_least("threads", threads, 1)
         offset = None if offset_BHG is None else offset_BHG.float() * LOG2E
         spans = [(*span, 0, 0, 0, 0) for span in ranges]
         words, kept = self._packed(inputs._replace(query=query_BHGC * LOG2E, offset=offset), spans)
@@ -140,16 +147,17 @@ class PackedDecoder:
         offset_BHG: Tensor | None = None,
         threads: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The softmax over packed tokens and those in 16 bits; a sequence needs one of either.
+        """The softmax over packed tokens and those in 16 bits, in both parts.
 
         As `attend`, but query_BHGC and offset_BHG are times log2 e, too. Returns the shares of the
         packed values in their coded basis, float32 [B, H, G, V], and those of the raw values and of
-        the packed ones' mean, [B, H, G, D]: the result is the sum of both in one basis. ValueError
-        as `attend`, and for a head size below 16.
+        the packed ones' mean, [B, H, G, D]: the result is the sum of both in one basis, and zeros
+        where a sequence sees no token. ValueError as `attend`, and for a head size below 16.
         """
         inputs = Inputs(query_BHGC, (keys, values), ranges, table_BW, offset_BHG)
         require(self._key, self._value, self.pages.tokens, self.group, inputs)
         require_raw(raw, query_BHGC.shape)
+        require_least("threads", threads, 1)
         spans = [(*one, *two) for one, two in zip(ranges, raw.ranges, strict=True)]
         words, kept = self._packed(inputs, spans)
         batch, heads, group, _ = query_BHGC.shape
@@ -192,7 +200,7 @@ class PackedDecoder:
         """The job's words for packed tokens, and what they point to."""
         query, halves, ranges, table, offset = inputs
         batch, heads, group, _ = query.shape
-        splits = max(1, *(split_count(*span) for span in ranges))
+        splits = max([1, *(split_count(*span) for span in ranges)])
         # ctypes' arrays are made faster than tensors, and one tensor faster than two.
         flat = [end for span in spans for end in span]
         spans_B6 = (ctypes.c_int64 * len(flat))(*flat)

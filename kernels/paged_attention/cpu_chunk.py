@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from stillhouse.kernels.paged_attention.cpu import LOG2E, PackedHalf, code_books, half_places
+from stillhouse.kernels.paged_attention.cpu import PackedHalf, code_books, half_places
 from stillhouse.kernels.paged_attention.cpu_chunk_rows import (
     BLOCK_ROWS,
     CHUNK_WORDS,
@@ -28,10 +28,17 @@ from stillhouse.kernels.paged_attention.cpu_chunk_rows import (
 )
 from stillhouse.kernels.paged_attention.cpu_compile import compiled, processor
 from stillhouse.kernels.paged_attention.cpu_multiply import ROWS
-from stillhouse.kernels.paged_attention.cpu_spec import padded, value_lanes
+from stillhouse.kernels.paged_attention.cpu_spec import filled_lanes, value_lanes
 from stillhouse.kernels.paged_attention.cpu_threads import run_together
 from stillhouse.kernels.paged_attention.pages import PageFormat, RecordFormat
-from stillhouse.kernels.paged_attention.refusals import HalfShape, Inputs, require, require_chunk
+from stillhouse.kernels.paged_attention.refusals import (
+    HalfShape,
+    Inputs,
+    require,
+    require_chunk,
+    require_least,
+)
+from stillhouse.kernels.paged_attention.units import LOG2E
 
 _Job = ctypes.c_int64 * len(CHUNK_WORDS)
 
@@ -118,8 +125,11 @@ class ChunkDecoder:
         batch, heads, rows = query_BHMC.shape[:3]
         require(self._key, self._value, self.pages.tokens, rows, inputs)
         require_chunk(chunk, query_BHMC.shape, spans, self.group)
+        require_least("threads", threads, 1)
+        require_least("a window", window, 0)
         dim, count = chunk.query_BHMD.shape[-1], chunk.key_BHRD.shape[2]
-        wide, filled, most = padded(dim), -(-rows // ROWS) * ROWS, -(-count // RAW_STEP) * RAW_STEP
+        wide, filled = filled_lanes(dim), -(-rows // ROWS) * ROWS
+        most = -(-count // RAW_STEP) * RAW_STEP
         more = filled - rows
         query = pad(query_BHMC * LOG2E, (0, 0, 0, more)).contiguous()
         offset = _zeros(batch, heads, filled)

@@ -16,7 +16,7 @@ from stillhouse.kernels.paged_attention.cpu_spec import (
     HALF_WORDS,
     LOWEST,
     JobReader,
-    padded,
+    filled_lanes,
     value_lanes,
 )
 from stillhouse.kernels.paged_attention.pages import PageFormat, RecordFormat
@@ -47,7 +47,7 @@ class ChunkSpec:
     def tile(self) -> int:
         """History tokens at a time: their keys, and their values, take 32 kB at most."""
         widest = max(
-            padded(self.pages.key.format.channels), value_lanes(self.pages.value.format)[-1]
+            filled_lanes(self.pages.key.format.channels), value_lanes(self.pages.value.format)[-1]
         )
         return 64 if widest <= 128 else 32
 

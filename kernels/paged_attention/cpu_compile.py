@@ -27,7 +27,8 @@ from stillhouse.kernels.paged_attention.cpu_spec import DecodeSpec
 Spec = DecodeSpec | ChunkSpec
 _DIGEST = 32  # bytes of SHA-256
 # What the code depends on.
-_SOURCES = (*sorted(Path(__file__).parent.glob("cpu_*.py")), Path(__file__).with_name("pages.py"))
+_HERE = Path(__file__).parent
+_SOURCES = (*sorted(_HERE.glob("cpu_*.py")), _HERE / "pages.py", _HERE / "units.py")
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,7 @@ def finish_function(module: ir.Module, spec: DecodeSpec, job: Any) -> ir.Functio
     Without raw tokens: top = m · ln 2 and total = l, float32 [places, G], and out = Σ 2^(s - m) ·
     value, [places, G, coded channels]. With them: out and raw_out, [places, G, D], are shares of
     the softmax over all tokens, the values' mean (raw_mean, [heads, D], or none) included in
-    raw_out by the packed tokens' share.
+    raw_out by the packed tokens' share; zeros where no token is seen.
     """
     kind = ir.FunctionType(ir.VoidType(), [job, I64, I64, I64, I64])
     function = ir.Function(module, kind, "finish")
@@ -95,7 +95,9 @@ class _FinishWriter(LaneWriter):
             return
         packed = b.load(total)
         count = self.raw_weights(row, top, total)
-        share = b.fdiv(ir.Constant(F32, 1.0), b.load(total))
+        one = ir.Constant(F32, 1.0)
+        empty = b.fcmp_ordered("==", b.load(total), ir.Constant(F32, 0.0))  # a NaN is none
+        share = b.fdiv(one, b.select(empty, one, b.load(total)))
         self.merge(g, row, self.broadcast(share))
         self.raw_values(row, count, share, b.fmul(packed, share))
 

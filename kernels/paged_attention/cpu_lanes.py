@@ -9,6 +9,8 @@ from typing import Any
 
 from llvmlite import ir
 
+from stillhouse.kernels.paged_attention.units import LOG2E
+
 LANES = 16
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -17,9 +19,6 @@ VF, VI, VH = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType
 # 2^x on [-1/2, 1/2]: Taylor's terms ln(2)^n / n!, relative error 2e-9 at degree 7
 _EXP2 = (1.0, 0.6931471805599453, 0.2402265069591007, 0.05550410866482158, 0.009618129107628477,
          0.0013333558146428443, 0.00015403530393381606, 1.5252733804059841e-05)  # fmt: skip
-
-
-_LOG2E = 1.4426950408889634
 
 
 class LaneWriter:
@@ -45,7 +44,7 @@ class LaneWriter:
         """cap · tanh(s / cap), both in exponents of 2; tanh x = 1 - 2 / (2^(2 x log2 e) + 1)."""
         b, cap = self.b, self.broadcast(softcap)
         ratio = b.fdiv(score, cap)
-        power = self.exp2(self.fminimum(b.fmul(ratio, self.splat(2 * _LOG2E)), 100.0))
+        power = self.exp2(self.fminimum(b.fmul(ratio, self.splat(2 * LOG2E)), 100.0))
         tanh = b.fsub(self.splat(1.0), b.fdiv(self.splat(2.0), b.fadd(power, self.splat(1.0))))
         return b.fmul(cap, tanh)
 

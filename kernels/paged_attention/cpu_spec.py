@@ -46,7 +46,7 @@ class DecodeSpec:
     brain: tuple[bool, bool] = (False, False)
 
 
-def padded(channels: int) -> int:
+def filled_lanes(channels: int) -> int:
     """The next multiple of 16."""
     return -(-channels // LANES) * LANES
 
@@ -56,7 +56,7 @@ def value_lanes(format: VectorFormat) -> list[int]:
     starts, at = [], 0
     for group in format.groups:
         starts.append(at)
-        at += padded(group.channels)
+        at += filled_lanes(group.channels)
     return [*starts, at]
 
 

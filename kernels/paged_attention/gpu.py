@@ -31,18 +31,20 @@ from stillhouse.kernels.paged_attention.gpu_configs import (
     split_count,
 )
 from stillhouse.kernels.paged_attention.gpu_refusals import (
+    require_bases,
     require_codec,
     require_decode,
     require_table,
 )
 from stillhouse.kernels.paged_attention.pages import PageFormat, VectorFormat
+from stillhouse.kernels.paged_attention.refusals import require_least
 from stillhouse.kernels.paged_attention.triton_attend import attend_kernel
 from stillhouse.kernels.paged_attention.triton_merge import merge_kernel
 from stillhouse.kernels.paged_attention.triton_query import query_kernel
 from stillhouse.kernels.paged_attention.triton_unpack import column_tables
+from stillhouse.kernels.paged_attention.units import LOG2E
 from stillhouse.kernels.turboquant import FittedCodec, Fp8Codec, MseCodec
 
-LOG2E = 1.4426950408889634
 GpuCodec = MseCodec | FittedCodec | Fp8Codec
 ASM = isinstance(attend_kernel, triton.runtime.JITFunction)  # the interpreter has no PTX
 _PROCESSORS = 132  # SMs of an H100: what the interpreter's grids are made for
@@ -55,9 +57,12 @@ class CodedBasis:
     into_HDC: takes a query where its product with coded vectors is its product with the decoded.
     back_HCD: takes sums of coded vectors to those of decoded ones without their mean. Both [1, …]
     where heads share them, None for the identity. mean_HD: what decoding adds, None for nothing.
+    heads: H where each has a fit of its own, None where any number is taken.
     """
 
     format: VectorFormat
+    head_dim: int
+    heads: int | None = None
     into_HDC: Tensor | None = None
     back_HCD: Tensor | None = None
     mean_HD: Tensor | None = None
@@ -67,8 +72,9 @@ class CodedBasis:
         """ValueError for a codec whose vectors no Triton kernel reads."""
         format = require_codec(codec)
         if isinstance(codec, Fp8Codec):
-            return cls(format)
-        heads, dim, channels = getattr(codec, "heads", 1), codec.head_dim, format.channels
+            return cls(format, codec.head_dim)
+        fitted = codec.heads if isinstance(codec, FittedCodec) else None
+        heads, dim, channels = fitted or 1, codec.head_dim, format.channels
         own = codec.fit.mean_HD if isinstance(codec, FittedCodec) else codec.rotation.matrix
         # The maps are linear: their matrices are what they make of the unit vectors.
         unit_DD, unit_CC = (
@@ -83,7 +89,7 @@ class CodedBasis:
             None if part is None else part.float().contiguous().to(device)
             for part in (into_HDC, back_HCD, mean_HD)
         )
-        return cls(format, *parts)
+        return cls(format, dim, fitted, *parts)
 
     @property
     def nbytes(self) -> int:
@@ -117,7 +123,7 @@ class GpuDecoder:
     """Attends over pages of keys and values of two codecs' vectors.
 
     page: tokens of a page. scaling: of scores. softcap: of scores, 0 for none. check: bounds are
-    checked in the kernel as well, slowly. ValueError for codecs that no Triton kernel reads.
+    checked in the kernel as well, slowly. ValueError for vectors of another head size.
     """
 
     def __init__(
@@ -131,6 +137,7 @@ class GpuDecoder:
         softcap: float = 0.0,
         check: bool = False,
     ) -> None:
+        require_bases((key, value), head_dim)
         self.pages = PageFormat.of(key.format, value.format, page)
         self.key, self.value, self.head_dim, self.check = key, value, head_dim, check
         self.scale, self.cap = scaling * LOG2E, softcap * LOG2E  # in units of log2, as all scores
@@ -158,6 +165,7 @@ class GpuDecoder:
         token is seen. ValueError, before anything is launched, for what does not fit.
         """
         require_decode(self, query_BHGD, (keys_NHY, values_NHY), sequences, raw)
+        require_least("splits", splits, 1)
         if not trusted:
             require_table(self.pages.tokens, (keys_NHY, values_NHY), sequences, raw)
         shape = self.shape(query_BHGD, raw=raw is not None)
@@ -236,7 +244,8 @@ class GpuDecoder:
             query, *coded, *pages, self.columns(query.device), *sequences, *raw_parts,
             sums, raw_sums, ml,
             self.scale, self.cap, *query.stride()[:2], *page_strides, table.stride(0),
-            *raw_strides, min(half.shape[0] for half in pages),
+            *raw_strides, min(half.shape[0] for half in pages), table.shape[1] * self.pages.tokens,
+            0 if raw is None else raw.key_BHRD.shape[2],
             **attend_options(shape, splits, check=self.check, asm=ASM),
         )  # fmt: skip
         return sums, raw_sums, ml

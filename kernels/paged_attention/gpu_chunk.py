@@ -27,6 +27,7 @@ from stillhouse.kernels.paged_attention.gpu_refusals import (
     require_places,
     require_table,
 )
+from stillhouse.kernels.paged_attention.refusals import require_least
 from stillhouse.kernels.paged_attention.triton_chunk import chunk_kernel, finish_kernel
 
 
@@ -65,6 +66,7 @@ def attend_chunk(
     [B, H, M]. ValueError, before anything is launched, for what does not fit.
     """
     require_chunk(decoder, query_BHMD, (keys_NHY, values_NHY), sequences, chunk, group)
+    require_least("a window", window, 0)
     if not trusted:
         require_table(decoder.pages.tokens, (keys_NHY, values_NHY), sequences, None)
         require_places(sequences, chunk, query_BHMD.shape[2] // group)
@@ -83,8 +85,9 @@ def attend_chunk(
             *sequences, chunk.position_B, chunk.hidden_B, *chunk[:2], sums, raw_sums, ml,
             decoder.scale, decoder.cap, *query_BHMD.stride()[:2], *strides,
             sequences.table_BW.stride(0), *raw_strides,
-            min(keys_NHY.shape[0], values_NHY.shape[0]), rows, chunk.key_BHRD.shape[2], window,
-            **options,
+            min(keys_NHY.shape[0], values_NHY.shape[0]),
+            sequences.table_BW.shape[1] * decoder.pages.tokens,
+            rows, chunk.key_BHRD.shape[2], window, **options,
         )  # fmt: skip
         return _finish(decoder, query_BHMD, (sums, raw_sums, ml))
 

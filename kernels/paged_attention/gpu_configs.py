@@ -136,7 +136,7 @@ def chunk_options(shape: AttendShape, *, windowed: bool, check: bool, asm: bool)
         "D": shape.head_dim, "D_PAD": padded(shape.head_dim),
         "C": shape.key_channels, "V": shape.value_channels,
         "G": shape.group, "M": 64,
-        "PAGE": shape.page, "BLOCK": block, "STAGES": 2,
+        "PAGE": shape.page, "BLOCK": block, "RAW_BLOCK": min(block, 32), "STAGES": 2,
         "HAS_WINDOW": windowed, "HAS_CAP": shape.capped, "CHECK": check, "ASM": asm,
         "num_warps": 8 if wide else 4, "num_stages": 2, "enable_fp_fusion": True, "debug": check,
     } | tile_options(shape)  # fmt: skip

@@ -45,6 +45,15 @@ def _require_groups(groups: Sequence[ChannelGroup]) -> VectorFormat:
     return VectorFormat(tuple(groups))
 
 
+def require_bases(bases: Sequence[Any], head_dim: int) -> None:
+    """ValueError unless keys and values were made of vectors of that size."""
+    for name, basis in zip(("keys", "values"), bases, strict=True):
+        if basis.head_dim != head_dim:
+            raise ValueError(
+                f"expected {name} of a head size of {head_dim}, found a codec of {basis.head_dim}"
+            )
+
+
 def require_decode(
     decoder: Any, query: Tensor, pages: tuple[Tensor, Tensor], sequences: Any, raw: Any
 ) -> None:
@@ -55,6 +64,7 @@ def require_decode(
             f"{query.dtype} {list(query.shape)}"
         )
     batch, heads, _, dim = query.shape
+    _require_heads((decoder.key, decoder.value), heads)
     if 0 in query.shape or query.stride()[2:] != (dim, 1):
         raise ValueError(
             "expected a query or more, those of a head contiguous, found "
@@ -144,9 +154,7 @@ def require_store(
             )
         if x.stride(-1) != 1:
             raise ValueError(f"expected contiguous {name}, found vectors with strides {x.stride()}")
-    for tables in (store.key, store.value):
-        if tables.heads not in (None, heads):
-            raise ValueError(f"expected {tables.heads} heads, one for each map, found {heads}")
+    _require_heads((store.key, store.value), heads)
     halves = (store.pages.key, store.pages.value)
     for name, half, tensor in zip(("keys", "values"), halves, pages, strict=True):
         _require_pages(name, half, tensor, heads)
@@ -165,6 +173,12 @@ def require_slots(page: int, pages: tuple[Tensor, Tensor], slots: Tensor) -> Non
         raise ValueError(
             f"expected slots from -1 to {limit - 1}, found {int(slots.min())} to {int(slots.max())}"
         )
+
+
+def _require_heads(halves: Sequence[Any], heads: int) -> None:
+    for half in halves:
+        if half.heads not in (None, heads):
+            raise ValueError(f"expected {half.heads} heads, one for each map, found {heads}")
 
 
 def _require_within(name: str, first: Tensor, last: Tensor, room: int) -> None:

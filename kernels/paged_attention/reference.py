@@ -24,7 +24,8 @@ def coded_vectors(packed_HTP: Tensor, scalars_HT: Tensor | None, format: VectorF
     for group in format.groups:
         stop = at + packed_bytes(group.channels, group.bits)
         index = unpack(packed_HTP[..., at:stop].contiguous(), group.bits, group.channels)
-        book = torch.tensor(gaussian_codebook(group.bits).centroids, dtype=torch.float64)
+        centroids = gaussian_codebook(group.bits).centroids
+        book = torch.tensor(centroids, dtype=torch.float64, device=index.device)
         parts.append(book[index.long()])
         at = stop
     unit_HTC = torch.cat(parts, -1) / math.sqrt(format.channels)

@@ -22,6 +22,7 @@ from stillhouse.kernels.paged_attention.triton_scores import (
     raw_product,
     scalars,
     split_queries,
+    weighted_raw,
 )
 from stillhouse.kernels.paged_attention.triton_unpack import (
     channel_of,
@@ -133,6 +134,15 @@ def attend_packed(
 
 
 @triton.jit
+def packed_range(first_ptr, last_ptr, room, CHECK: tl.constexpr):
+    """A sequence's packed tokens."""
+    first, last = tl.load(first_ptr), tl.load(last_ptr)
+    if CHECK:
+        tl.device_assert((first >= 0) & (last <= room), "packed tokens out of range")
+    return first, tl.maximum(last, first)
+
+
+@triton.jit
 def store_sums(
     sums_ptr, sums, row, live_row, V: tl.constexpr, BITS: tl.constexpr, TILES: tl.constexpr,
     S: tl.constexpr,
@@ -154,7 +164,7 @@ def _attend_raw(
     D: tl.constexpr, D_PAD: tl.constexpr, M: tl.constexpr, HAS_CAP: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    """m, l and sums [M, D_PAD] over tokens [first, last) in 16 bits; weights have twice as many."""
+    """m, l and sums [M, D_PAD] over tokens [first, last) in 16 bits."""
     column = tl.arange(0, D_PAD)
     query = tl.load(
         query_ptr + row[:, None] * D + column[None, :],
@@ -178,14 +188,11 @@ def _attend_raw(
         fade = tl.exp2(m - top)
         m = top
         total = total * fade + tl.sum(weight, axis=1)
-        high = weight.to(value.dtype)
-        low = (weight - high.to(tl.float32)).to(value.dtype)
-        sums = raw_product(high, value, sums * fade[:, None], ASM)
-        sums = raw_product(low, value, sums, ASM)
+        sums = weighted_raw(weight, value, sums * fade[:, None], ASM)
     return m, total, sums
 
 
-@triton.jit(do_not_specialize=["pages", "stride_table"])
+@triton.jit(do_not_specialize=["pages", "room", "raw_tokens", "stride_table"])
 def attend_kernel(
     query_ptr,
     coded_ptr,
@@ -218,6 +225,8 @@ def attend_kernel(
     stride_rvb,
     stride_rvh,
     pages,
+    room,
+    raw_tokens,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     C: tl.constexpr,
@@ -242,7 +251,8 @@ def attend_kernel(
     """M queries and one split of a sequence and head: sums [B, H, N, G, V] of packed tokens, or
     [B, H, G, D] of those in 16 bits, and (m, l) [B, H, N (+ 1), 2, G], all float32.
 
-    A split is so many whole tiles of the true range of the sequence: the grid is fixed.
+    A split is so many whole tiles of the true range of the sequence: the grid is fixed. room:
+    tokens that the table has pages for.
     """
     TILES: tl.constexpr = (G + M - 1) // M  # of queries; side by side, as they read the same pages
     n, h, b = tl.program_id(0) // TILES, tl.program_id(1), tl.program_id(2)
@@ -253,9 +263,12 @@ def attend_kernel(
         query_ptr += b.to(tl.int64) * stride_qb + h.to(tl.int64) * stride_qh
         raw_keys_ptr += b.to(tl.int64) * stride_rkb + h.to(tl.int64) * stride_rkh
         raw_values_ptr += b.to(tl.int64) * stride_rvb + h.to(tl.int64) * stride_rvh
+        first, last = tl.load(raw_first_ptr + b), tl.load(raw_last_ptr + b)
+        if CHECK:
+            tl.device_assert((first >= 0) & (last <= raw_tokens), "raw tokens out of range")
         m, total, plain = _attend_raw(
-            query_ptr, raw_keys_ptr, raw_values_ptr, tl.load(raw_first_ptr + b),
-            tl.load(raw_last_ptr + b), scale, cap, row, live_row, D, D_PAD, M, HAS_CAP, ASM,
+            query_ptr, raw_keys_ptr, raw_values_ptr, first, last, scale, cap, row, live_row,
+            D, D_PAD, M, HAS_CAP, ASM,
         )  # fmt: skip
         column = tl.arange(0, D_PAD)
         tl.store(
@@ -264,8 +277,7 @@ def attend_kernel(
             mask=live_row[:, None] & (column < D)[None, :],
         )
     else:
-        first = tl.load(first_ptr + b)
-        last = tl.maximum(tl.load(last_ptr + b), first)
+        first, last = packed_range(first_ptr + b, last_ptr + b, room, CHECK)
         begin = first // BLOCK * BLOCK
         span = tl.cdiv(tl.cdiv(last - begin, BLOCK), SPLITS) * BLOCK
         begin += n * span

@@ -12,12 +12,12 @@ values.
 import triton
 import triton.language as tl
 
-from stillhouse.kernels.paged_attention.triton_attend import attend_packed, store_sums
+from stillhouse.kernels.paged_attention.triton_attend import attend_packed, packed_range, store_sums
 from stillhouse.kernels.paged_attention.triton_merge import LN2, LOWEST
-from stillhouse.kernels.paged_attention.triton_scores import capped, raw_product
+from stillhouse.kernels.paged_attention.triton_scores import capped, raw_product, weighted_raw
 
 
-@triton.jit(do_not_specialize=["rows", "raw_tokens", "window", "pages", "stride_table"])
+@triton.jit(do_not_specialize=["pages", "room", "rows", "raw_tokens", "window", "stride_table"])
 def chunk_kernel(
     query_ptr,
     coded_ptr,
@@ -50,6 +50,7 @@ def chunk_kernel(
     stride_rvb,
     stride_rvh,
     pages,
+    room,
     rows,
     raw_tokens,
     window,
@@ -67,6 +68,7 @@ def chunk_kernel(
     VALUE_COLUMNS: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
+    RAW_BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
@@ -81,8 +83,7 @@ def chunk_kernel(
     row = top_row + tl.arange(0, M)
     live_row = row < rows
     position = tl.load(position_ptr + b)
-    first = tl.load(first_ptr + b)
-    last = tl.maximum(tl.load(last_ptr + b), first)
+    first, last = packed_range(first_ptr + b, last_ptr + b, room, CHECK)
     seen = first + tl.zeros((M,), tl.int32)  # the first token of history that each row sees
     lowest, highest = first, first
     if HAS_WINDOW:
@@ -107,6 +108,8 @@ def chunk_kernel(
     before = raw_tokens - rows // G  # raw tokens older than the chunk
     end = tl.minimum(raw_tokens, before + (tl.minimum(top_row + M, rows) + G - 1) // G)
     begin = tl.load(hidden_ptr + b)
+    if CHECK:
+        tl.device_assert((begin >= 0) & (begin <= before), "raw tokens out of range")
     if HAS_WINDOW:
         begin = tl.maximum(begin, before + top_row // G - window + 1)
     m, total, plain = _attend_causal(
@@ -114,7 +117,7 @@ def chunk_kernel(
         raw_keys_ptr + b.to(tl.int64) * stride_rkb + h.to(tl.int64) * stride_rkh,
         raw_values_ptr + b.to(tl.int64) * stride_rvb + h.to(tl.int64) * stride_rvh,
         row, live_row, before + row // G, begin, end, window, scale, cap,
-        D, D_PAD, M, BLOCK, HAS_WINDOW, HAS_CAP, ASM,
+        D, D_PAD, M, RAW_BLOCK, HAS_WINDOW, HAS_CAP, ASM,
     )  # fmt: skip
     column = tl.arange(0, D_PAD)
     tl.store(
@@ -160,7 +163,7 @@ def _attend_causal(
         fade = tl.exp2(m - top)
         m = top
         total = total * fade + tl.sum(weight, axis=1)
-        sums = raw_product(weight.to(value.dtype), value, sums * fade[:, None], ASM)
+        sums = weighted_raw(weight, value, sums * fade[:, None], ASM)
     return m, total, sums
 
 

@@ -48,6 +48,21 @@ def raw_product(a, b, sums, ASM: tl.constexpr):
 
 
 @triton.jit
+def weighted_raw(weight, value, sums, ASM: tl.constexpr):
+    """weight · value + sums, weights of float32 as two numbers in the values' 16 bits: one alone
+    would cost as much as rounding the result does. A single product, of twice as many terms: with
+    two, registers hold the sums twice."""
+    high = weight.to(value.dtype)
+    low = (weight - high.to(tl.float32)).to(value.dtype)
+    M: tl.constexpr = weight.shape[0]
+    T: tl.constexpr = weight.shape[1]
+    S: tl.constexpr = value.shape[1]
+    both = tl.reshape(tl.permute(tl.join(high, low), (0, 2, 1)), (M, 2 * T))
+    twice = tl.reshape(tl.permute(tl.join(value, value), (2, 0, 1)), (2 * T, S))
+    return raw_product(both, twice, sums, ASM)
+
+
+@triton.jit
 def split_queries(query, M: tl.constexpr, TILES: tl.constexpr):
     """Queries for tiles of indices, of which odd ones are 16 times as large, and what a product
     with the centroids has beside those with indices and bytes."""

@@ -15,9 +15,10 @@ import torch
 
 from benchmarks import attention, attention_packed, gpu_timing
 from benchmarks.attention_cases import SHAPES, DecodeCase, DecodeKernel, Steps, cases
-from benchmarks.attention_packed import PackedKernel, checked_lengths, difference, packed_kernels
+from benchmarks.attention_packed import PackedKernel, difference, mixed_lengths, packed_kernels
 from benchmarks.attention_peers import FlexKernel, PeerKernel, SdpaKernel
 from benchmarks.attention_served import FlashInferKernel
+from stillhouse.kernels.paged_attention.gpu import GpuDecoder, Sequences
 from stillhouse.kernels.paged_attention.reference import coded_vectors
 
 TOY = DecodeCase("toy", batch=2, context=40, heads=1, group=2, dim=64)
@@ -87,9 +88,11 @@ class WrongKernel(PackedKernel):
         return Steps([], lambda: "expected 1, found 2")
 
 
+@pytest.mark.usefixtures("rounding_bfloat16")
 def test_a_run_times_what_is_right_and_says_why_not_of_the_rest(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    torch.manual_seed(0)
     file, device = tmp_path / "out.json", ScriptedDevice(2e-6, 1e-6, 3e-6, 4e-3, 1e-3)
     kernels: list[DecodeKernel] = [SdpaKernel(), AbsentKernel(), RaisingKernel(), K4V4]
     kernels.append(WrongKernel((3, 3)))
@@ -206,26 +209,59 @@ def test_bytes_of_a_cache(kernel: Any, vector_pair: int) -> None:
     assert kernel.cache_bytes(case) == 16 * 32768 * 8 * vector_pair
 
 
+@pytest.mark.usefixtures("rounding_bfloat16")
 @pytest.mark.parametrize("bits", [(2, 2), (8, 4)])
 def test_the_check_accepts_the_kernel_and_sees_an_error(
     bits: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernel = PackedKernel(bits, 32)
-    steps = kernel.steps(TOY, 1, "cpu")
+    torch.manual_seed(0)
+    monkeypatch.setattr(attention_packed, "MIXED", 30)
+    monkeypatch.setattr(attention_packed, "CHUNK", 16)
+    case = replace(TOY, heads=4, group=4)
+    steps = PackedKernel(bits, 32).steps(case, 1, "cpu")
     assert steps.check() is None
-    assert steps.calls[0]().shape == (2, 1, 2, 64)
+    assert steps.calls[0]().shape == (2, 4, 4, 64)
     right = coded_vectors
-    monkeypatch.setattr(attention_packed, "coded_vectors", lambda *parts: 1.05 * right(*parts))
-    assert "expected an error of at most" in (steps.check() or "")
+
+    def wrong(*parts: Any) -> torch.Tensor:
+        return 1.005 * right(*parts)
+
+    monkeypatch.setattr(attention_packed, "coded_vectors", wrong)
+    assert "sequence 1, 40 tokens: expected an error of at most 0.0025" in (steps.check() or "")
+
+
+@pytest.mark.usefixtures("rounding_bfloat16")
+def test_the_check_sees_what_is_wrong_past_the_tokens_of_mixed_lengths(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The launch is right up to 30 tokens, and leaves out the last ones of 40."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(attention_packed, "MIXED", 30)
+    attend = GpuDecoder.attend
+
+    def short(
+        self: GpuDecoder,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        sequences: Sequences,
+        **more: Any,
+    ) -> Any:
+        last = sequences.last_B.clamp_max(30)
+        return attend(self, query, keys, values, sequences._replace(last_B=last), **more)
+
+    monkeypatch.setattr(GpuDecoder, "attend", short)
+    steps = PackedKernel((4, 4), 32).steps(replace(TOY, heads=4, group=4), 1, "cpu")
+    assert "sequence 1, 40 tokens: expected an error" in (steps.check() or "")
 
 
 def test_a_result_that_is_no_number_is_wrong() -> None:
     out, lse = torch.ones(2, 4), torch.zeros(2)
-    expected = (out[None, None].double(), lse[None, None].double())
+    expected = (out.double(), lse.double())
     assert difference([out, lse], expected) is None
     assert difference([out * torch.nan, lse], expected) is not None
     assert difference([out, lse + 0.1], expected) is not None
-    lengths = checked_lengths(DecodeCase.of("llama-8b", 64, 262144))
+    lengths = mixed_lengths(DecodeCase.of("llama-8b", 64, 262144))
     assert lengths[0] == max(lengths) == 8192
     assert min(lengths) > 0
     assert len(set(lengths)) == 64

@@ -1,4 +1,4 @@
-"""The committed results say what the README and the guide promise of the fitted cache."""
+"""The committed results say what the README and the guide promise of a compressed cache."""
 
 import json
 from pathlib import Path
@@ -13,9 +13,13 @@ MODELS = ("smollm2-135m", "gemma-3-270m")
 Rows = dict[str, dict[str, Any]]
 
 
-def table(model: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((RESULTS / f"cache-quality-{model}.json").read_text())
+def result(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
     return found
+
+
+def table(model: str) -> dict[str, Any]:
+    return result(f"cache-quality-{model}")
 
 
 @pytest.fixture(params=MODELS)
@@ -47,9 +51,32 @@ def test_a_fitted_cache_loses_a_third_and_a_quarter_of_what_the_presets_lose(
 
 
 def test_at_long_context_the_resident_memory_falls_as_the_bytes_do() -> None:
-    found = json.loads((RESULTS / "cache-cpu.json").read_text())
+    found = result("cache-cpu")
     last = {row["format"]: row for row in found["rows"] if row["context"] == 4096}
     for form in ("k4v4", "fitted3", "k4v4-packed", "fitted4-packed", "fitted3-packed"):
         assert (
             last[form]["peak_bytes"] < last["float16"]["peak_bytes"] < last["float32"]["peak_bytes"]
         )
+
+
+@pytest.mark.parametrize("processor", ["attention-cpu", "attention-cpu-xeon"])
+@pytest.mark.parametrize("shape", ["smollm2-135m", "llama-8b"])
+def test_4_bits_are_attended_to_faster_than_16_and_32_on_a_cpu(processor: str, shape: str) -> None:
+    found = {
+        row["format"]: row["seconds"]
+        for row in result(processor)["rows"]
+        if (row["shape"], row["context"]) == (shape, 16384)
+    }
+    assert found["k4v4"] < min(found["bfloat16"], found["float32"])
+
+
+@pytest.mark.parametrize("form", ["k4v4-packed", "fitted4-packed"])
+def test_a_step_over_4_bits_takes_hardly_longer_than_over_16_and_less_at_full_length(
+    form: str,
+) -> None:
+    """Of the peer in 16 bits; one in float32 is faster at 1,024 tokens (docs/guide.md)."""
+    rows = [row for row in result("cache-cpu")["rows"] if row["format"] == form]
+    ratios = {row["context"]: row["step_ratio"] for row in rows}
+    assert ratios[1024] <= 1.15
+    assert max(ratios) >= 8176
+    assert ratios[max(ratios)] < 1

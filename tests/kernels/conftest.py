@@ -4,7 +4,7 @@ import pytest
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _overflows(numpy_may_overflow: None) -> None:
+def _interpreted(numpy_may_overflow: None, rounding_bfloat16: None) -> None:
     """In every test."""
 
 

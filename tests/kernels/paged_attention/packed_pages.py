@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 from stillhouse.kernels.paged_attention import PageFormat, VectorFormat, write_vectors
+from stillhouse.kernels.turboquant import ChannelGroup
+
+MIXED_KEY = VectorFormat((ChannelGroup(16, 5), ChannelGroup(32, 3), ChannelGroup(8, 1)))
+MIXED_VALUE = VectorFormat((ChannelGroup(24, 4), ChannelGroup(40, 2)))
 
 
 @dataclass(frozen=True)

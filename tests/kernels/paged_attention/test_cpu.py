@@ -25,11 +25,14 @@ from stillhouse.kernels.paged_attention.reference import (
     coded_vectors,
     softmax_sums,
 )
-from stillhouse.kernels.turboquant import ChannelGroup
-from tests.kernels.paged_attention.packed_pages import Filled, filled, vectors
+from tests.kernels.paged_attention.packed_pages import (
+    MIXED_KEY,
+    MIXED_VALUE,
+    Filled,
+    filled,
+    vectors,
+)
 
-MIXED_KEY = VectorFormat((ChannelGroup(16, 5), ChannelGroup(32, 3), ChannelGroup(8, 1)))
-MIXED_VALUE = VectorFormat((ChannelGroup(24, 4), ChannelGroup(40, 2)))
 CLOSE = 1e-5
 
 
@@ -77,25 +80,31 @@ def test_channel_groups_of_different_bits() -> None:
     assert_close(format, filled(format, [100], heads=2, group=3), [(0, 100)])
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)  # most compile
 @given(
     st.sampled_from([16, 32, 64, 128]),
-    st.sampled_from([(4, 4), (3, 2), (FP8, 4)]),
+    st.sampled_from([1, 2, 3, 4, 5, FP8]),
+    st.sampled_from([1, 2, 3, 4, 5, FP8]),
+    st.integers(1, 3),
+    st.sampled_from([1, 2, 3]),
     st.lists(st.tuples(st.integers(0, 150), st.integers(0, 150)), min_size=1, max_size=4),
     st.sampled_from([0.0, 2.0]),
     st.integers(0, 2**20),
 )
 def test_ragged_empty_and_cut_ranges(
     tokens: int,
-    bits: tuple[int, int],
+    key_bits: int,
+    value_bits: int,
+    heads: int,
+    group: int,
     ends: list[tuple[int, int]],
     softcap: float,
     seed: int,
 ) -> None:
     """A range may begin anywhere, as a sliding window's does."""
-    format = pages_of(64, *bits, tokens)
+    format = pages_of(64, key_bits, value_bits, tokens)
     ranges = [(min(pair), max(pair)) for pair in ends]
-    made = filled(format, [last for _, last in ranges], heads=2, group=2, seed=seed)
+    made = filled(format, [last for _, last in ranges], heads, group, seed)
     assert_close(format, made, ranges, softcap=softcap)
 
 
@@ -256,6 +265,9 @@ def test_what_does_not_fit_is_refused() -> None:
     def changed(**parts: torch.Tensor) -> Filled:
         return dataclasses.replace(made, **parts)
 
+    for threads in (0, -1):
+        with pytest.raises(ValueError, match=f"threads of 1 or more, found {threads}"):
+            attend(format, made, span, threads=threads)
     for wrong, ranges, words in (
         (changed(query=made.query.double()), span, r"float32 queries \[1, 2, 3, 64\], found"),
         (changed(query=made.query[..., 1:]), span, "float32 queries"),
@@ -269,6 +281,43 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             attend(format, wrong, ranges)
+
+
+@settings(max_examples=20)
+@given(
+    st.sampled_from([16, 64]),
+    st.lists(st.tuples(st.integers(0, 150), st.integers(0, 150)), min_size=1, max_size=4),
+)
+def test_entries_of_a_table_that_no_range_uses_may_be_anything(
+    tokens: int, ends: list[tuple[int, int]]
+) -> None:
+    """Nor does what is asked for early lie past a range, where its table has no pages."""
+    format = pages_of(64, 4, 4, tokens)
+    made = filled(format, [max(pair) for pair in ends], heads=2, group=1)
+    filling = torch.full((len(ends), 3), 7)
+    table = torch.cat((filling, made.table, filling), dim=1).int()
+    ranges = [(first + 3 * tokens, last + 3 * tokens) for first, last in ends]
+    place = torch.arange(table.shape[1])
+    for row, (first, last) in enumerate(ranges):
+        unused = (place < first // tokens) | (place >= -(-last // tokens)) | (first >= last)
+        table[row, unused] = torch.tensor([-1, 10_000, -(2**31)])[place[unused] % 3].int()
+    found = attend(format, dataclasses.replace(made, table=table), ranges, threads=2)
+    for one, two in zip(found, attend(format, made, ends, threads=2), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+    for row, (first, last) in enumerate(ranges):
+        if first < last:
+            wrong = table.clone()
+            wrong[row, (last - 1) // tokens] = -1
+            with pytest.raises(ValueError, match=r"expected pages from 0 to .*, found -1 to"):
+                attend(format, dataclasses.replace(made, table=wrong), ranges)
+
+
+def test_a_batch_of_no_sequences_has_empty_results() -> None:
+    format = pages_of(64, 4, 4)
+    made = filled(format, [20], heads=2, group=3)
+    none = dataclasses.replace(made, query=made.query[:0], table=made.table[:0])
+    found = attend(format, none, [], threads=2)
+    assert [list(part.shape) for part in found] == [[0, 2, 3], [0, 2, 3], [0, 2, 3, 64]]
 
 
 def test_code_is_kept_and_a_damaged_file_is_made_again(

@@ -1,6 +1,7 @@
 """Continued prefill over packed history against the definition in float64."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -24,12 +25,15 @@ from stillhouse.kernels.paged_attention.cpu_chunk import (
     rows_of_chunk,
 )
 from stillhouse.kernels.paged_attention.reference import chunk_shares, coded_vectors
-from stillhouse.kernels.turboquant import ChannelGroup
-from tests.kernels.paged_attention.packed_pages import Filled, filled, vectors
+from tests.kernels.paged_attention.packed_pages import (
+    MIXED_KEY,
+    MIXED_VALUE,
+    Filled,
+    filled,
+    vectors,
+)
 
 CLOSE = 1e-5
-MIXED_KEY = VectorFormat((ChannelGroup(16, 5), ChannelGroup(32, 3), ChannelGroup(8, 1)))
-MIXED_VALUE = VectorFormat((ChannelGroup(24, 4), ChannelGroup(40, 2)))
 
 
 def uniform(dim: int, key: int, value: int, tokens: int = 16) -> PageFormat:
@@ -215,9 +219,12 @@ def test_what_does_not_fit_is_refused() -> None:
     made = filled(format, [20], heads=1, group=2)
     chunk, query = chunk_of(made, 2, 3, 64), coded_query(made, 6, 64)
 
-    def attend(query: Tensor, chunk: ChunkTokens, span: ChunkSpan, group: int = 2) -> None:
+    def attend(
+        query: Tensor, chunk: ChunkTokens, span: ChunkSpan, group: int = 2, **more: Any
+    ) -> None:
         halves = PackedHalf(made.keys), PackedHalf(made.values)
-        chunk_decoder(format, group).attend(query, *halves, [span], chunk, table_BW=made.table)
+        decoder, table = chunk_decoder(format, group), made.table
+        decoder.attend(query, *halves, [span], chunk, table_BW=table, **more)
 
     good = ChunkSpan(0, 20, 20)
     with pytest.raises(ValueError, match="rows of 4 queries a token, found 6"):
@@ -234,3 +241,18 @@ def test_what_does_not_fit_is_refused() -> None:
             attend(query, chunk, span)
     with pytest.raises(ValueError, match="ranges within 32 tokens"):
         attend(query, chunk, ChunkSpan(0, 40, 40))
+    with pytest.raises(ValueError, match="threads of 1 or more, found -1"):
+        attend(query, chunk, good, threads=-1)
+    with pytest.raises(ValueError, match="a window of 0 or more, found -1"):
+        attend(query, chunk, good, window=-1)
+
+
+def test_a_batch_of_no_sequences_has_empty_results() -> None:
+    format = uniform(64, 4, 4)
+    made = filled(format, [20], heads=1, group=2)
+    chunk = ChunkTokens(*(part[:0] for part in chunk_of(made, 2, 3, 64)))
+    found = chunk_decoder(format, 2).attend(
+        coded_query(made, 6, 64)[:0], PackedHalf(made.keys), PackedHalf(made.values), [], chunk,
+        table_BW=made.table[:0],
+    )  # fmt: skip
+    assert [list(part.shape) for part in found] == [[0, 1, 6, 64], [0, 1, 6, 64], [0, 1, 6]]

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stillhouse.kernels.paged_attention import PageFormat, VectorFormat, cpu, cpu_threads
-from stillhouse.kernels.paged_attention.cpu import LOG2E, PackedHalf, RawTokens
+from stillhouse.kernels.paged_attention.cpu import PackedHalf, RawTokens
 from stillhouse.kernels.paged_attention.reference import attend_packed_reference
+from stillhouse.kernels.paged_attention.units import LOG2E
 from tests.kernels.paged_attention.packed_pages import Filled, filled
 
 HEADS, GROUP = 2, 3
@@ -97,15 +98,34 @@ def test_one_softmax(
     assert float((one - two).norm() / two.norm()) < 1e-5
 
 
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_a_sequence_that_sees_no_token_gets_zeros(softcap: float) -> None:
+    format, spans = pages_of(64), [(0, 0), (9, 9), (0, 20), (20, 20)]
+    made = filled(format, [20, 20, 20, 20], HEADS, GROUP)
+    kinds = (torch.float16, torch.float16)
+    seen = [(0, 0, 0, 0), (2, 2, 3, 3), (0, 0, 0, 0), (0, 1, 0, 0)]
+    raw = raw_tokens(4, (2, 3), 64, kinds, seen)
+    found = cpu.decoder(format, GROUP, softcap).attend_with(
+        made.query * LOG2E, PackedHalf(made.keys), PackedHalf(made.values), spans, raw, made.table
+    )
+    for part in found:
+        assert not part[:2].any()
+        assert bool(part.isfinite().all())
+    assert bool(found[0][2].any())
+    assert bool(found[1][3].any())
+
+
 def test_raw_tokens_that_do_not_fit_are_refused() -> None:
     format = pages_of(16)
     made = filled(format, [20], HEADS, GROUP)
     kinds = (torch.float16, torch.float16)
     good = raw_tokens(1, (2, 3), 16, kinds, [(0, 2, 0, 3)])
 
-    def attend(raw: RawTokens) -> None:
+    def attend(raw: RawTokens, threads: int | None = None) -> None:
         halves = PackedHalf(made.keys), PackedHalf(made.values)
-        cpu.decoder(format, GROUP).attend_with(made.query, *halves, [(0, 20)], raw, made.table)
+        cpu.decoder(format, GROUP).attend_with(
+            made.query, *halves, [(0, 20)], raw, made.table, threads=threads
+        )
 
     attend(good)
     narrow = raw_tokens(1, (2, 3), 8, kinds, [(0, 2, 0, 3)])
@@ -122,6 +142,18 @@ def test_raw_tokens_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             attend(raw)
+    with pytest.raises(ValueError, match="threads of 1 or more, found -1"):
+        attend(good, threads=-1)
+
+
+def test_a_batch_of_no_sequences_has_empty_results() -> None:
+    format = pages_of(16)
+    made = filled(format, [20], HEADS, GROUP)
+    raw = raw_tokens(0, (2, 3), 16, (torch.float16, torch.float16), [])
+    out, plain = cpu.decoder(format, GROUP).attend_with(
+        made.query[:0], PackedHalf(made.keys), PackedHalf(made.values), [], raw, made.table[:0]
+    )
+    assert (list(out.shape), list(plain.shape)) == ([0, HEADS, GROUP, 16], [0, HEADS, GROUP, 16])
 
 
 def attended(format: PageFormat, made: Filled, threads: int) -> Tensor:

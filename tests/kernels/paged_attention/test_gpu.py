@@ -6,6 +6,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,8 +21,11 @@ from stillhouse.kernels.paged_attention.reference import attend_reference
 from stillhouse.kernels.turboquant import ChannelGroup, HalfCodec, MseCodec
 from tests.kernels.paged_attention.gpu_pages import Paged, codec_of, fitted, paged
 
-# The interpreter cuts bfloat16 off where a GPU rounds it; float16 shows the kernel's own error.
-BOUND = {torch.float16: 2e-3, torch.bfloat16: 5e-3}
+# The norm of a head's error over the norm of its output in float64, the worst head of a batch.
+# Found in the interpreter, which rounds as a GPU does (conftest.py): up to 1.0e-3 in float16, which
+# is the kernel's own (1.7e-3 where an output of 1e-4 is subnormal), and 1.63e-3 to 1.95e-3 in
+# bfloat16, of which rounding the output to 8 bits is 1.7e-3.
+BOUND = 2e-3
 RANGES = [(0, 70), (0, 1), (5, 5), (9, 64)]
 
 
@@ -65,21 +69,22 @@ def compared(
 
 
 def _on_cpu(basis: CodedBasis) -> CodedBasis:
-    maps = (basis.into_HDC, basis.back_HCD, basis.mean_HD)
-    return CodedBasis(basis.format, *(None if part is None else part.cpu() for part in maps))
+    names = ("into_HDC", "back_HCD", "mean_HD")
+    maps = {name: part for name in names if (part := getattr(basis, name)) is not None}
+    return replace(basis, **{name: part.cpu() for name, part in maps.items()})
 
 
 @pytest.mark.parametrize("bits", [(2, 2), (3, 3), (4, 4), (8, 8), (3, 2), (8, 4), (2, 8)])
 def test_every_format_is_within_the_bound(bits: tuple[int, int], device: str) -> None:
     case = paged((codec_of(bits[0], 64), codec_of(bits[1], 64)), RANGES, 2, 32, device)
     error = compared(case, queries(4, 2, 3, 64), device)
-    assert error < BOUND[torch.float16]
+    assert error < BOUND
 
 
 @pytest.mark.parametrize("dim", [80, 96, 128, 192, 256])
 def test_every_head_size_is_within_the_bound(dim: int, device: str) -> None:
     case = paged((codec_of(3, dim), codec_of(4, dim)), RANGES, 1, 32, device)
-    assert compared(case, queries(4, 1, 4, dim), device) < BOUND[torch.float16]
+    assert compared(case, queries(4, 1, 4, dim), device) < BOUND
 
 
 @pytest.mark.parametrize("group", [16, 17, 33])
@@ -89,15 +94,13 @@ def test_groups_of_more_queries_than_a_tile(group: int, device: str) -> None:
     zero = torch.zeros(2, dtype=torch.int32)
     tokens = RawTokens(*(part.to(device) for part in (key, value, zero, zero + 5)))
     raw = (tokens, list(zip(key, value, strict=True)))
-    assert compared(case, queries(2, 2, group, 64), device, raw=raw) < BOUND[torch.float16]
+    assert compared(case, queries(2, 2, group, 64), device, raw=raw) < BOUND
 
 
 @pytest.mark.parametrize("page", [16, 32, 64, 128])
 def test_pages_of_every_size_and_bfloat16(page: int, device: str) -> None:
     case = paged((codec_of(4, 64), codec_of(8, 64)), [(3, 150), (0, 2)], 2, page, device)
-    query = queries(2, 2, 5, 64, dtype=torch.bfloat16)
-    bound = 2e-3 if device == "cuda" else BOUND[torch.bfloat16]
-    assert compared(case, query, device) < bound
+    assert compared(case, queries(2, 2, 5, 64, dtype=torch.bfloat16), device) < BOUND
 
 
 @settings(max_examples=6)
@@ -125,7 +128,7 @@ def test_ragged_sequences_of_any_format(
     codecs = (codec_of(key_bits, dim), codec_of(value_bits, dim))
     case = paged(codecs, ranges, 1, page, seed=seed)
     query = queries(len(ranges), 1, group, dim, seed=seed)
-    assert compared(case, query, "cpu", splits=splits) < BOUND[torch.float16]
+    assert compared(case, query, "cpu", splits=splits) < BOUND
 
 
 def test_fitted_maps_means_and_fewer_channels(device: str) -> None:
@@ -134,13 +137,13 @@ def test_fitted_maps_means_and_fewer_channels(device: str) -> None:
     assert case.bases[0].mean_HD is not None
     assert case.bases[1].back_HCD is not None
     assert case.bases[1].back_HCD.shape == (2, 64, 96)
-    assert compared(case, queries(4, 2, 3, 96) / 4, device) < BOUND[torch.float16]
+    assert compared(case, queries(4, 2, 3, 96) / 4, device) < BOUND
 
 
 def test_soft_caps(device: str) -> None:
     case = paged((codec_of(4, 64), codec_of(4, 64)), RANGES, 2, 32, device)
     query = queries(4, 2, 3, 64) * 20
-    assert compared(case, query, device, softcap=5.0) < BOUND[torch.float16]
+    assert compared(case, query, device, softcap=5.0) < BOUND
 
 
 def test_tokens_in_16_bits_share_the_softmax(device: str) -> None:
@@ -151,7 +154,7 @@ def test_tokens_in_16_bits_share_the_softmax(device: str) -> None:
     tokens = RawTokens(*(part.to(device) for part in (key, value, first, last)))
     seen = [(key[b, :, i:j], value[b, :, i:j]) for b, (i, j) in enumerate(ends)]
     error = compared(case, queries(4, 2, 3, 64) / 4, device, raw=(tokens, seen))
-    assert error < BOUND[torch.float16]
+    assert error < BOUND
 
 
 def test_weights_of_raw_tokens_are_not_rounded_to_bfloat16(device: str) -> None:
@@ -161,8 +164,7 @@ def test_weights_of_raw_tokens_are_not_rounded_to_bfloat16(device: str) -> None:
     tokens = RawTokens(*(part.to(device) for part in (key, value, zero, zero + 60)))
     query = queries(1, 2, 16, 64, dtype=torch.bfloat16)
     error = compared(case, query, device, raw=(tokens, [(key[0], value[0])]))
-    # No more than rounding the result costs, which the interpreter cuts off.
-    assert error < (1.8e-3 if device == "cuda" else 3.6e-3)
+    assert error < 1.8e-3  # no more than rounding the result costs: 1.63e-3
 
 
 def test_a_sequence_without_tokens_gets_zeros_and_minus_infinity(device: str) -> None:
@@ -177,6 +179,7 @@ def test_a_sequence_without_tokens_gets_zeros_and_minus_infinity(device: str) ->
 
 def test_scores_far_above_and_below_all_others(device: str) -> None:
     case = paged((codec_of(8, 64), codec_of(4, 64)), [(0, 70), (0, 33)], 2, 16, device)
+    # Scores of hundreds, whose last bit in float16 is more than the bound: 2.8e-3.
     assert compared(case, queries(2, 2, 3, 64) * 60, device) < 4e-3
 
 
@@ -188,7 +191,7 @@ def test_values_of_any_size(bits: tuple[int, int], sizes: list[float], device: s
         sizes = [min(size, 50.0) for size in sizes]
     case = paged(codecs, [(0, 70), (9, 64)], 2, 32, device, sizes=torch.tensor(sizes))
     query = queries(2, 2, 3, 64) / max(sizes)
-    assert compared(case, query, device) < BOUND[torch.float16]
+    assert compared(case, query, device) < BOUND
 
 
 @pytest.mark.parametrize("splits", [2, 3, 9])
@@ -280,8 +283,35 @@ def test_what_does_not_fit_is_refused_with_what_was_expected_and_found() -> None
     refused("pages from 0 to", case, query, Sequences(table - 1, first, last))
     refused(r"raw values \[4, 2, 5, 64\]", case, query, raw=RawTokens(raw, raw[1:], first, last))
     refused("within 5 raw tokens", case, query, raw=RawTokens(raw, raw, first, last))
+    for splits in (0, -1):
+        with pytest.raises(ValueError, match=f"splits of 1 or more, found {splits}"):
+            decoder_of(case, 64).attend(query, *case.to("cpu"), splits=splits)
     brain = raw.bfloat16()
     refused("in the queries' torch.float16", case, query, raw=RawTokens(brain, raw, first, last))
+
+
+def test_fits_of_other_heads_and_other_head_sizes_are_refused() -> None:
+    """Their maps would be read past their ends."""
+    two, one, shared = fitted(4, 64, 64, 2), fitted(4, 64, 64, 1), codec_of(4, 64)
+    for codecs, heads, found in (
+        ((two, shared), 2, 4),
+        ((shared, two), 2, 1),
+        ((shared, one), 1, 2),
+    ):
+        fits = paged(codecs, RANGES, heads, 32)
+        assert compared(fits, queries(4, heads, 3, 64) / 4, "cpu") < BOUND
+        other = paged((shared, shared), RANGES, found, 32)
+        case = replace(other, bases=fits.bases)
+        refused(f"expected {heads} heads, one for each map, found {found}", case,
+                queries(4, found, 3, 64))  # fmt: skip
+    wide = CodedBasis.of(fitted(4, 64, 80, 1), "cpu")
+    right = CodedBasis.of(shared, "cpu")
+    with pytest.raises(ValueError, match="keys of a head size of 64, found a codec of 80"):
+        GpuDecoder(wide, right, 32, 64, scaling=1.0)
+    with pytest.raises(ValueError, match="values of a head size of 64, found a codec of 80"):
+        GpuDecoder(right, wide, 32, 64, scaling=1.0)
+    with pytest.raises(ValueError, match="keys of a head size of 80, found a codec of 64"):
+        GpuDecoder(CodedBasis.of(codec_of(8, 64), "cpu"), wide, 32, 80, scaling=1.0)
 
 
 def _shifted(pages: torch.Tensor) -> torch.Tensor:
@@ -328,6 +358,34 @@ def test_the_debug_mode_finds_a_page_that_does_not_exist() -> None:
         decoder.attend(
             query, case.keys, case.values, Sequences(table + 9, *ends), splits=1, trusted=True
         )
+
+
+@pytest.mark.usefixtures("debugging")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"last": 1}, "packed tokens out of range"),
+        ({"first": -41}, "packed tokens out of range"),
+        ({"raw_last": 1}, "raw tokens out of range"),
+        ({"raw_first": -1}, "raw tokens out of range"),
+    ],
+)
+def test_the_debug_mode_finds_ranges_past_a_table_and_past_raw_tokens(
+    change: dict[str, int], words: str
+) -> None:
+    case = paged((codec_of(4, 64), codec_of(4, 64)), [(40, 64)], 1, 32)
+    key, zero = queries(1, 1, 5, 64), torch.zeros(1, dtype=torch.int32)
+    table, first, last = case.sequences
+    decoder, query = decoder_of(case, 64, check=True), queries(1, 1, 2, 64)
+
+    def attend(**by: int) -> None:
+        at = Sequences(table, first + by.get("first", 0), last + by.get("last", 0))
+        raw = RawTokens(key, key, zero + by.get("raw_first", 0), zero + 5 + by.get("raw_last", 0))
+        decoder.attend(query, case.keys, case.values, at, raw=raw, splits=1, trusted=True)
+
+    attend()
+    with pytest.raises(InterpreterError, match=words):
+        attend(**change)
 
 
 def test_splits_fill_a_gpu_once_and_have_two_tiles_or_more() -> None:
