@@ -7,42 +7,59 @@ import torch
 from torch import Tensor
 
 from stillhouse.errors import ModelError
-from stillhouse.workers.serving.cpu_layer import CpuLayer, stored_vectors
+from stillhouse.kernels.turboquant import to_half
 from stillhouse.workers.serving.layout import Blocks
+from stillhouse.workers.serving.packed_layer import PackedLayer, stored_vectors
 from stillhouse.workers.serving.step import Step
 
-WITHIN = 1e-4  # of float32 sums; a wrong page, scale or mask costs 1e-2 and more
+# A wrong page, scale or mask costs 1e-2 and more.
+WITHIN = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 8e-3}
 
 
-def require_right(layer: CpuLayer, heads: int, name: str) -> float:
-    """The worst relative error of a layer's attention; ModelError where it is above `WITHIN`."""
-    error = worst_error(layer, heads)
-    if not error <= WITHIN:
+def require_right(
+    layer: PackedLayer, heads: int, name: str, dtype: torch.dtype = torch.float32
+) -> float:
+    """The worst relative error of a layer's attention to states of a dtype; ModelError where it is
+    above `WITHIN`."""
+    error, allowed = worst_error(layer, heads, dtype=dtype), WITHIN[dtype]
+    if not error <= allowed:
         raise ModelError(
-            f"self-check: expected attention of {name} over packed pages within {WITHIN:g} of "
+            f"self-check: expected attention of {name} over packed pages within {allowed:g} of "
             f"float64, found {error:.2g}; report it with the output of `stillhouse doctor`"
         )
     return error
 
 
-def worst_error(layer: CpuLayer, heads: int, seed: int = 0) -> float:
+def worst_error(
+    layer: PackedLayer,
+    heads: int,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> float:
     """Of a prompt in two chunks and of generated tokens of two sequences, on random pages."""
     draw = torch.Generator().manual_seed(seed)
     block, dim = layer.layout.pages.tokens, layer.layout.head_dim
     lengths = (block + block // 2, 3)
-    table = torch.tensor([[3, 1], [2, 0]], dtype=torch.int32)
-    memory = torch.zeros((4, heads, block, layer.layout.token_bytes), dtype=torch.uint8)
-    blocks = layer.layout.views(memory, torch.float16)
+    table = torch.tensor([[3, 1], [2, 0]], dtype=torch.int32, device=device)
+    size = layer.layout.token_bytes
+    memory = torch.zeros((4, heads, block, size), dtype=torch.uint8, device=device)
+    blocks = layer.layout.views(memory, to_half(torch.empty(0, dtype=dtype)).dtype)
     found, wanted = [], []
     # Each row: tokens of both sequences before and after a step.
     for before, after in (((0, 0), (block - 5, 2)), ((block - 5, 2), lengths)):
         counts = [end - first for first, end in zip(before, after, strict=True)]
         step = Step([0, counts[0], sum(counts)], list(after), table, block)
-        key, value = (_drawn(draw, sum(counts), heads, dim) for _ in range(2))
-        query = _drawn(draw, sum(counts), heads * layer.group, dim)
+        many = (heads, heads, heads * layer.group)
+        key, value, query = (
+            torch.randn((sum(counts), n, dim), generator=draw, dtype=torch.float32).to(
+                device, dtype
+            )
+            for n in many
+        )
         slots = [int(table[r, t // block]) * block + t % block
                  for r in (0, 1) for t in range(before[r], after[r])]  # fmt: skip
-        layer.store((key, value), blocks, torch.tensor(slots), step)
+        layer.store((key, value), blocks, torch.tensor(slots, device=device), step)
         out = torch.empty_like(query)
         layer.attend(query, blocks, step, out)
         for r in (0, 1):
@@ -54,12 +71,8 @@ def worst_error(layer: CpuLayer, heads: int, seed: int = 0) -> float:
     return float(error.max())
 
 
-def _drawn(draw: torch.Generator, tokens: int, heads: int, dim: int) -> Tensor:
-    return torch.randn((tokens, heads, dim), generator=draw, dtype=torch.float32)
-
-
 def _reference(
-    layer: CpuLayer, blocks: Blocks, table_W: Tensor, query_TQD: Tensor, span: tuple[int, int]
+    layer: PackedLayer, blocks: Blocks, table_W: Tensor, query_TQD: Tensor, span: tuple[int, int]
 ) -> Tensor:
     """Attention of the tokens [first, end) over what is stored of all, float64 [T, Q, D]."""
     first, end = span
@@ -68,8 +81,8 @@ def _reference(
     score = query_TQD.double().transpose(0, 1) @ keys.mT * layer.scaling
     if layer.softcap:
         score = layer.softcap * torch.tanh(score / layer.softcap)
-    place = torch.arange(end)
-    own = torch.arange(first, end)[:, None]
+    place = torch.arange(end, device=query_TQD.device)
+    own = place[first:, None]
     hidden = place > own
     if layer.window:
         hidden |= place <= own - layer.window
@@ -77,9 +90,9 @@ def _reference(
     return out_QTD.transpose(0, 1)
 
 
-def _stored(layer: CpuLayer, blocks: Blocks, table_W: Tensor, number: int, end: int) -> Tensor:
+def _stored(layer: PackedLayer, blocks: Blocks, table_W: Tensor, number: int, end: int) -> Tensor:
     block = layer.layout.pages.tokens
-    place = torch.arange(end)
+    place = torch.arange(end, device=table_W.device)
     slots = table_W.long()[place // block] * block + place % block
     half = (layer.layout.pages.key, layer.layout.pages.value)[number]
     found = stored_vectors(layer.codecs[number], blocks[number], half, slots).double()

@@ -65,7 +65,7 @@ class Step:
     @cached_property
     def single_rows(self) -> Tensor:
         """int64, the rows of `singles`."""
-        return torch.tensor([self.starts[r] for r in self.singles], dtype=torch.int64)
+        return self._made([self.starts[r] for r in self.singles])
 
     @cached_property
     def single_table(self) -> Tensor:
@@ -103,8 +103,10 @@ class Step:
                 rows.append(self.starts[request] + number - first)
                 blocks.append(int(self.table_RW[request, 0]))
                 numbers.append(number)
-        made = (torch.tensor(part, dtype=torch.int64) for part in (rows, blocks, numbers))
-        return SinkRows(*made)
+        return SinkRows(*(self._made(part) for part in (rows, blocks, numbers)))
+
+    def _made(self, numbers: Sequence[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int64, device=self.table_RW.device)
 
 
 class SinkRows(NamedTuple):
