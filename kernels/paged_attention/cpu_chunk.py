@@ -67,22 +67,6 @@ class ChunkTokens(NamedTuple):
     value_BHRD: Tensor
 
 
-def rows_of_chunk(query_BTQD: Tensor, heads: int) -> Tensor:
-    """[B, H, M, D] of a chunk's queries."""
-    batch, tokens, queries, dim = query_BTQD.shape
-    query = query_BTQD.reshape(batch, tokens, heads, queries // heads, dim).transpose(1, 2)
-    rows: Tensor = query.reshape(batch, heads, tokens * (queries // heads), dim)
-    return rows
-
-
-def chunk_of_rows(out_BHMD: Tensor, group: int) -> Tensor:
-    """[B, T, Q, D]: the inverse of `rows_of_chunk`."""
-    batch, heads, rows, dim = out_BHMD.shape
-    out = out_BHMD.view(batch, heads, rows // group, group, dim).transpose(1, 2)
-    chunk: Tensor = out.reshape(batch, rows // group, heads * group, dim)
-    return chunk
-
-
 class ChunkDecoder:
     """Attends with chunks over packed keys and values of one format; see `chunk_decoder`.
 

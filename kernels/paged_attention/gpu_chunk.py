@@ -59,7 +59,7 @@ def attend_chunk(
 ) -> tuple[Tensor, Tensor]:
     """The softmax over history and raw tokens, of each query up to its own token.
 
-    query_BHMD: rows of `group` queries a token, as `cpu_chunk.rows_of_chunk` makes them. window:
+    query_BHMD: rows of `group` queries a token, as `rows_of_chunk` makes them. window:
     how many tokens a query sees, itself included; 0 for all. All else as `GpuDecoder.attend`.
 
     Returns [B, H, M, D] in the queries' dtype and the logarithms of sums of exponentials, float32

@@ -18,6 +18,8 @@ from stillhouse.workers.serving.step import Piece, Step
 class CpuLayer(PackedLayer):
     """Compiled for the processor, in float32."""
 
+    takes_float32 = True
+
     def _write(self, states: tuple[Tensor, Tensor], blocks: Blocks, slots_T: Tensor) -> None:
         from stillhouse.kernels.paged_attention.cpu_store import store_vectors
 
@@ -42,13 +44,9 @@ class CpuLayer(PackedLayer):
         )
 
     def _piece(self, query_TQD: Tensor, blocks: Blocks, table_W: Tensor, piece: Piece) -> Tensor:
+        from stillhouse.kernels.paged_attention.chunk_rows import chunk_of_rows, rows_of_chunk
         from stillhouse.kernels.paged_attention.cpu import PackedHalf
-        from stillhouse.kernels.paged_attention.cpu_chunk import (
-            ChunkSpan,
-            ChunkTokens,
-            chunk_of_rows,
-            rows_of_chunk,
-        )
+        from stillhouse.kernels.paged_attention.cpu_chunk import ChunkSpan, ChunkTokens
 
         key_codec, value_codec = self.codecs
         heads = query_TQD.shape[1] // self.group

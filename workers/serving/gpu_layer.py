@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from stillhouse.kernels.paged_attention.cpu_chunk import chunk_of_rows, rows_of_chunk
+from stillhouse.kernels.paged_attention.chunk_rows import chunk_of_rows, rows_of_chunk
 from stillhouse.kernels.paged_attention.gpu import GpuDecoder, RawTokens, Sequences
 from stillhouse.kernels.paged_attention.gpu_chunk import ChunkTokens, attend_chunk
 from stillhouse.workers.cache.gpu_tables import GpuTables

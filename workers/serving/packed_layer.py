@@ -6,7 +6,7 @@ size, B requests, R tokens in 16 bits; others as in `layout`.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from stillhouse.workers.serving.step import Piece, Step, pieces
 @dataclass(frozen=True)
 class PackedLayer(ABC):
     """codecs: of keys and of values. group: G. window: tokens that one sees, 0 for all."""
+
+    takes_float32: ClassVar[bool] = False
 
     codecs: tuple[Any, Any]
     layout: BlockLayout

