@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test setup-serving test-serving check kernels fmt gpu clean
+.PHONY: help setup demo test setup-serving test-serving check kernels fmt gpu gpu-serving clean
 
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -53,6 +53,10 @@ gpu: setup  ## on a CUDA device: the tests marked `gpu`, then its benchmark (BEN
 	@$(PY) -m pytest -m gpu $(PYTEST_ARGS)
 	@# Reached only when those pass: a wrong kernel is not timed.
 	@case "$(BENCH)" in full) $(PY) -m benchmarks.attention;; quick) $(PY) -m benchmarks.attention --quick;; esac
+
+gpu-serving: setup  ## on a CUDA device with stillhouse[vllm] in .venv: the tests that start servers
+	@$(PY) -c 'import torch, vllm; assert torch.cuda.is_available(), "make gpu-serving: no CUDA device"'
+	@$(PY) -m pytest -m serving tests/serving $(PYTEST_ARGS)
 
 clean:  ## remove caches and build output; .venv and runs/ stay
 	rm -rf build dist .typing .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info

