@@ -1,11 +1,13 @@
 """A serving engine's steps through Triton's kernels, in 16 bits; as `test_serving_cpu`."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from stillhouse.errors import ModelError
 from stillhouse.kernels.paged_attention import PageFormat
 from stillhouse.kernels.turboquant import Fp8Codec, MseCodec
 from stillhouse.workers.cache.cpu_attention import vector_format
@@ -14,6 +16,7 @@ from stillhouse.workers.serving.layout import BlockLayout
 from stillhouse.workers.serving.self_check import worst_error
 from tests.kernels.paged_attention.gpu_pages import fitted
 from tests.workers.test_serving_cpu import BLOCK, GROUP, HEADS, Engine, assert_agrees
+from tests.workers.test_serving_cpu import fitted as several_groups
 
 pytestmark = pytest.mark.usefixtures("numpy_may_overflow")
 
@@ -42,3 +45,10 @@ def test_random_chunks(kind: str, sinks: int, window: int, softcap: float) -> No
 
 def test_the_self_check_of_a_gpu() -> None:
     assert worst_error(made("mse", 1, block=32), HEADS, dtype=torch.float16) < 3e-3
+
+
+def test_a_plan_of_several_channel_groups_names_its_cure() -> None:
+    layer = made("mse", 0)
+    several = several_groups(64, "unbiased", 1), several_groups(64, "least_squares", 2)
+    with pytest.raises(ModelError, match=r"do not read it: expected one group .*channel_groups: 1"):
+        worst_error(replace(layer, codecs=several), HEADS, dtype=torch.float16)

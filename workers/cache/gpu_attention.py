@@ -43,21 +43,21 @@ def attend_pages(
         _with_plain_strides(query_BHGD.to(rows[0].recent_BHTD.dtype)),
         keys.all_pages,
         values.all_pages,
-        Sequences(keys.table_BW, *_ends(shown, device)),
-        raw=None if raw is None else RawTokens(raw[0][0], raw[0][1], *_ends(raw[1], device)),
-        tokens=_rounded_up(max(end - begin for begin, end in packed)),
+        Sequences(keys.table_BW, *ends_of(shown, device)),
+        raw=None if raw is None else RawTokens(raw[0][0], raw[0][1], *ends_of(raw[1], device)),
+        tokens=rounded_up(max(end - begin for begin, end in packed)),
         trusted=True,  # the ranges are the cache's own
     )
     return out_BHGD
 
 
-def _rounded_up(tokens: int) -> int:
+def rounded_up(tokens: int) -> int:
     """To a power of two: kernels are compiled for each number of splits, which follows from it."""
     return 1 << (max(tokens, 1) - 1).bit_length()
 
 
-def _ends(found: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """int32 [B], int32 [B]."""
+def ends_of(found: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of each sequence the first and the last, int32 [B] both."""
     options: dict[str, Any] = {"dtype": torch.int32, "device": device}
     if len(set(found)) == 1:  # nothing is copied from the host
         first, last = (torch.full((len(found),), end, **options) for end in found[0])

@@ -3,15 +3,14 @@
 Shape suffixes as in `packed_layer`.
 """
 
-from collections.abc import Sequence
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
+from stillhouse.errors import ModelError
 from stillhouse.kernels.paged_attention.chunk_rows import chunk_of_rows, rows_of_chunk
 from stillhouse.kernels.paged_attention.gpu import GpuDecoder, RawTokens, Sequences
 from stillhouse.kernels.paged_attention.gpu_chunk import ChunkTokens, attend_chunk
+from stillhouse.workers.cache.gpu_attention import ends_of, rounded_up
 from stillhouse.workers.cache.gpu_tables import GpuTables
 from stillhouse.workers.serving.layout import Blocks
 from stillhouse.workers.serving.packed_layer import PackedLayer
@@ -24,7 +23,9 @@ class GpuLayer(PackedLayer):
     def _write(self, states: tuple[Tensor, Tensor], blocks: Blocks, slots_T: Tensor) -> None:
         key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in states)
         halves = blocks.keys_NHY, blocks.values_NHY
-        self.tables.store.store(key, value, *halves, slots_T.contiguous(), trusted=True)
+        self._tables(key.device).store.store(
+            key, value, *halves, slots_T.contiguous(), trusted=True
+        )
 
     def _singles(self, query_BHGD: Tensor, blocks: Blocks, step: Step) -> Tensor:
         table_BW, device = step.single_table, query_BHGD.device
@@ -33,14 +34,14 @@ class GpuLayer(PackedLayer):
         if self.layout.sinks:
             sinks_BH2SD = blocks.sinks_NH2SD[table_BW[:, 0].long()].to(query_BHGD.dtype)
             key, value = (sinks_BH2SD[:, :, number].contiguous() for number in (0, 1))
-            raw = RawTokens(key, value, *_ends([ends[:2] for ends in seen], device))
-        out_BHGD, _ = self._decoder.attend(
+            raw = RawTokens(key, value, *ends_of([ends[:2] for ends in seen], device))
+        out_BHGD, _ = self._decoder(device).attend(
             query_BHGD.contiguous(),
             blocks.keys_NHY,
             blocks.values_NHY,
-            Sequences(table_BW, *_ends(packed, device)),
+            Sequences(table_BW, *ends_of(packed, device)),
             raw=raw,
-            tokens=_rounded_up(max(end - first for first, end in packed)),
+            tokens=rounded_up(max(end - first for first, end in packed)),
             trusted=True,
         )
         return out_BHGD
@@ -52,7 +53,7 @@ class GpuLayer(PackedLayer):
         ends = (torch.tensor([n], dtype=torch.int32, device=device) for n in (first, last, last, 0))
         begin_B, end_B, position_B, hidden_B = ends
         out_BHMD, _ = attend_chunk(
-            self._decoder,
+            self._decoder(device),
             rows_of_chunk(query_TQD[None], heads).contiguous(),
             blocks.keys_NHY,
             blocks.values_NHY,
@@ -64,28 +65,15 @@ class GpuLayer(PackedLayer):
         )
         return chunk_of_rows(out_BHMD, self.group)[0]
 
-    @cached_property
-    def tables(self) -> GpuTables:
-        """Of the codecs, on their device; ValueError for codecs that no kernel takes."""
-        fit = getattr(self.codecs[0], "fit", None)
-        rotation = getattr(self.codecs[0], "rotation", None)
-        own = fit.mean_HD if fit is not None else getattr(rotation, "matrix", None)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return GpuTables.of(
-            *self.codecs, self.layout.pages.tokens, device if own is None else own.device
-        )
+    def _tables(self, device: torch.device) -> GpuTables:
+        """Kept with the codecs; ModelError for those that no kernel takes."""
+        try:
+            return GpuTables.of(*self.codecs, self.layout.pages.tokens, device)
+        except ValueError as error:
+            raise ModelError(
+                f"cache: a GPU's kernels do not read it: {error}; compress with "
+                "`channel_groups: 1`, or serve with --cache bf16"
+            ) from error
 
-    @cached_property
-    def _decoder(self) -> GpuDecoder:
-        return self.tables.decoder(self.scaling, self.softcap)
-
-
-def _ends(found: Sequence[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """int32 [B], int32 [B]."""
-    both = torch.tensor(found, dtype=torch.int32, device=device).T.contiguous()
-    return both[0], both[1]
-
-
-def _rounded_up(tokens: int) -> int:
-    """To a power of two: kernels are compiled for each number of splits, which follows from it."""
-    return 1 << (max(tokens, 1) - 1).bit_length()
+    def _decoder(self, device: torch.device) -> GpuDecoder:
+        return self._tables(device).decoder(self.scaling, self.softcap)
