@@ -66,7 +66,7 @@ def sound_tree(tmp_path: Path) -> Path:
         "import stillhouse.storage.records, stillhouse.configs.recipe, stillhouse.errors\n",
     )
     plant(tmp_path, "workers/actors.py", "import ray\n")
-    plant(tmp_path, "workers/vllm.py", "import vllm\n")
+    plant(tmp_path, "workers/serving/vllm_cpu.py", "import vllm\n")
     plant(tmp_path, "kernels/codec/fast.py", "import torch, triton\nimport stillhouse.errors\n")
     plant(tmp_path, "storage/catalog.py", "import duckdb, pyarrow\nimport stillhouse.errors\n")
     plant(tmp_path, "storage/tracking/upload.py", "import mlflow\n")
