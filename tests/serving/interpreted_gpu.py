@@ -45,7 +45,7 @@ def main() -> None:
         register_backend(AttentionBackendEnum.CPU_ATTN, name.replace("__main__", _NAME))
     llm = LLM(
         model,
-        dtype="bfloat16",
+        dtype="float16",
         enforce_eager=True,
         max_model_len=128,
         max_num_batched_tokens=32,

@@ -22,7 +22,7 @@ def small_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = LlamaConfig(
         vocab_size=64, hidden_size=128, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, head_dim=64, max_position_embeddings=128,
-        initializer_range=0.15, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+        initializer_range=0.12, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -58,5 +58,5 @@ def test_a_gpus_kernels_say_what_a_cpus_say(small_llama: Path) -> None:
     for one, other in zip(answers(small_llama, "gpu"), answers(small_llama, "cpu"), strict=True):
         both = list(zip(one["tokens"], other["tokens"], strict=True))
         same = next((n for n, (x, y) in enumerate(both) if x != y), len(both))
-        assert same  # later ones may part at a near-tie: both round to bfloat16, each its own way
-        assert one["logp"][:same] == pytest.approx(other["logp"][:same], abs=0.08)
+        assert same  # later ones may part at a near-tie: each rounds its own way
+        assert one["logp"][:same] == pytest.approx(other["logp"][:same], abs=0.1)
