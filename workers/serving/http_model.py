@@ -53,6 +53,8 @@ class HttpModel:
 
         def scored(row: tuple[list[int], list[int]]) -> ResponseLogp | Failed:
             prompt, response = row
+            if not response:
+                return Failed("empty_response: no token to score")
             answer = self._asked([*prompt, *response], {"max_tokens": 1, "prompt_logprobs": 0})
             return answer if isinstance(answer, Failed) else _logps(answer, len(prompt), response)
 

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_Ranges = tuple[list[tuple[int, int]], list[tuple[int, int, int, int]]]
+
 
 class Piece(NamedTuple):
     """Tokens [first, end) of a sequence that attend together: sinks from `hidden` on, and packed
@@ -51,6 +53,7 @@ class Step:
     table_RW: Tensor
     block: int
     _sinks: dict[int, "SinkRows"] = field(default_factory=dict, compare=False)
+    _ranges: dict[tuple[int, int], _Ranges] = field(default_factory=dict, compare=False)
 
     @cached_property
     def singles(self) -> list[int]:
@@ -77,10 +80,14 @@ class Step:
         """The place of its first token in its sequence."""
         return self.lengths[request] - (self.starts[request + 1] - self.starts[request])
 
-    def single_ranges(
-        self, sinks: int, window: int
-    ) -> tuple[list[tuple[int, int]], list[tuple[int, int, int, int]]]:
+    def single_ranges(self, sinks: int, window: int) -> _Ranges:
         """Of `singles`: the packed tokens, and the sinks, that each sees (`cpu.RawTokens`)."""
+        key = sinks, window
+        if key not in self._ranges:
+            self._ranges[key] = self._found_ranges(sinks, window)
+        return self._ranges[key]
+
+    def _found_ranges(self, sinks: int, window: int) -> _Ranges:
         packed, raw = [], []
         for request in self.singles:
             end = self.lengths[request]

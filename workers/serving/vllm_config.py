@@ -4,6 +4,7 @@ Everything refused here would otherwise be accepted and served differently.
 """
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 from stillhouse.errors import ModelError
@@ -17,10 +18,16 @@ def served_cache(config: Any) -> ServedCache | None:
     settings = config.additional_config.get(SETTINGS)
     if settings is None:
         return None
-    served = ServedCache.of(settings)
+    served = _shared(ServedCache.of(settings))
     if served.format == HALF:
         return None
     require_supported(config)
+    return served
+
+
+@cache
+def _shared(served: ServedCache) -> ServedCache:
+    """One for all layers: its plan is read once, and codecs that are alike are one."""
     return served
 
 

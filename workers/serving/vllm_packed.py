@@ -30,6 +30,9 @@ class PackedMetadata:
 class PackedBuilder(AttentionMetadataBuilder[PackedMetadata]):
     """Makes a `Step` of what vLLM has scheduled."""
 
+    # Layers of several sizes have a builder each: one step serves them all.
+    _last: ClassVar[tuple[Any, PackedMetadata] | None] = None
+
     def __init__(self, spec: Any, names: list[str], config: Any, device: torch.device) -> None:
         super().__init__(spec, names, config, device)
         require_layers(config, PackedImpl)
@@ -40,8 +43,14 @@ class PackedBuilder(AttentionMetadataBuilder[PackedMetadata]):
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
     ) -> PackedMetadata:
-        """Of one cache group."""
+        """Of one cache group, whose layers' builders are given the same object."""
         common = common_attn_metadata
+        if self._last is None or self._last[0] is not common:
+            PackedBuilder._last = common, self._made(common)
+        assert PackedBuilder._last is not None
+        return PackedBuilder._last[1]
+
+    def _made(self, common: Any) -> PackedMetadata:
         if common.causal is not True:
             raise ModelError("the packed cache is of causal attention, found another")
         count = common.num_reqs
@@ -84,38 +93,49 @@ class PackedImpl:
     packed: PackedLayer | None = None
     _views: tuple[Tensor, Blocks] | None = None
 
+    # What vLLM's own implementations keep of a layer, under the same names.
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    scale: float
+    sliding_window: int | None
+    logits_soft_cap: float | None
+    alibi_slopes: Any
+    sinks: Tensor | None
+    attn_type: str
+    kv_sharing_target_layer_name: str | None
+
     def remember_config(self) -> None:
         """vLLM's, while it is at hand."""
         self._config = get_current_vllm_config()
 
     def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Finds its layer, and what that one stores; vLLM asks for the blocks' size after this.
+        """Finds its layer, and what that one stores; vLLM asks for the blocks' size after self.
 
         ModelError for what cannot be served, and where the kernels fail their self-check.
         """
         served = served_cache(self._config)
         if served is None:
             return
-        this: Any = self
         name, module = self._module()
         self._require_plain(name)
         block = self._config.cache_config.block_size
         index = int(extract_layer_index(name))
-        found = served.layer(index, this.num_kv_heads, this.head_size, block, device)
+        found = served.layer(index, self.num_kv_heads, self.head_size, block, device)
         if found is None:
             return
         self.packed = self.kind(
             found.codecs,
             found.layout,
-            this.num_heads // this.num_kv_heads,
-            this.scale,
-            float(this.logits_soft_cap or 0),
-            max(this.sliding_window or 0, 0),
+            self.num_heads // self.num_kv_heads,
+            self.scale,
+            float(self.logits_soft_cap or 0),
+            max(self.sliding_window or 0, 0),
         )
         self._half = to_half(torch.empty(0, dtype=dtype)).dtype
         # Its kernels are compiled here, too: a request would wait for them.
         checked = torch.float32 if self.kind.takes_float32 else dtype
-        require_right(self.packed, this.num_kv_heads, name, checked, device)
+        require_right(self.packed, self.num_kv_heads, name, checked, device)
         size = found.layout.token_bytes
         parts = {"token_bytes": size, "block": block, "__module__": __name__}
         bases = (LayerBackend, module.attn_backend)
@@ -124,9 +144,8 @@ class PackedImpl:
     def require_bytes(self, name: str, spec: Any) -> None:
         """ModelError unless the engine's blocks have the bytes that the layer's tokens take."""
         assert self.packed is not None
-        layout, this = self.packed.layout, self
-        heads: int = this.num_kv_heads  # type: ignore[attr-defined]
-        wanted = heads * layout.pages.tokens * layout.token_bytes
+        layout = self.packed.layout
+        wanted = self.num_kv_heads * layout.pages.tokens * layout.token_bytes
         if spec.unpadded_page_size_bytes != wanted:
             raise ModelError(
                 f"self-check: expected blocks of {wanted} bytes in {name}, as its codecs take, "
@@ -163,14 +182,13 @@ class PackedImpl:
         return found
 
     def _require_plain(self, name: str) -> None:
-        this: Any = self
         reasons = [
             reason
             for reason, there in (
-                ("ALiBi", this.alibi_slopes is not None),
-                ("sink logits of the model's own", this.sinks is not None),
-                ("keys and values of another layer", this.kv_sharing_target_layer_name is not None),
-                (f"{this.attn_type} attention", this.attn_type != AttentionType.DECODER),
+                ("ALiBi", self.alibi_slopes is not None),
+                ("sink logits of the model's own", self.sinks is not None),
+                ("keys and values of another layer", self.kv_sharing_target_layer_name is not None),
+                (f"{self.attn_type} attention", self.attn_type != AttentionType.DECODER),
             )
             if there
         ]
