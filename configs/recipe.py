@@ -126,6 +126,21 @@ class RecipeConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _a_server_has_the_cache(self) -> Self:
+        cache = self.compress
+        most = max(cache.key_bits, cache.value_bits)
+        scalars = (cache.key_scalar, cache.value_scalar, cache.seed)
+        plain = cache.calibrate or scalars == ("unbiased", "least_squares", 0)
+        if self.deploy.engine == "vllm" and (cache.recent or most > 5 or not plain):
+            raise ValueError(
+                "deploy.engine: vllm serves a calibrated cache, or 1 to 5 bits with the scalars "
+                "and the seed that are the default, and no recent tokens; found "
+                f"calibrate={cache.calibrate}, bits {cache.key_bits} and {cache.value_bits}, "
+                f"scalars and seed {scalars}, recent={cache.recent}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _recovery_has_its_arms(self) -> Self:
         arms = set(self.evaluate.arms)
         needed = {"specialist", "target_before"}

@@ -22,7 +22,7 @@ WHERE served.arm = ? AND own.arm = ? AND served.status = 'kept' AND own.status =
 def replay_served(run: StageRun, folder: Path) -> Part:
     """`evaluations` of the served copy, on the cache that `compress` made.
 
-    ConfigError for a cache that is neither a plan nor one that a server names.
+    ConfigError for a cache that no server has.
     """
     questions = [
         row
@@ -45,19 +45,16 @@ def replay_served(run: StageRun, folder: Path) -> Part:
 
 
 def _cache(run: StageRun) -> str:
+    """ConfigError for scalars that no server has: without a corpus nothing was fitted."""
     if run.facts("compress")["plan"]:
         return "plan"
     config = run.recipe.compress
-    standard = (config.key_scalar, config.value_scalar, config.seed) == (
-        "unbiased",
-        "least_squares",
-        0,
-    )
-    if not standard or max(config.key_bits, config.value_bits) > 5 or config.recent:
+    scalars = (config.key_scalar, config.value_scalar, config.seed)
+    if scalars != ("unbiased", "least_squares", 0):
         raise ConfigError(
-            "deploy.engine: expected a cache that a server has: a calibrated one, or 1 to 5 bits "
-            "with the scalars and seed that are the default, without recent tokens; calibrate, or "
-            "deploy with engine: transformers"
+            "deploy.engine: expected a fitted cache, or the scalars and the seed that are the "
+            f"default, found no corpus to fit it on, and {scalars}; deploy with engine: "
+            "transformers"
         )
     return f"k{config.key_bits}v{config.value_bits}"
 

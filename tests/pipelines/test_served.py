@@ -1,8 +1,11 @@
 """The served copy answers the evaluation again; only one that says the same is promoted."""
 
+from importlib.util import find_spec
+
 import pytest
 
 from stillhouse.errors import ConfigError
+from stillhouse.pipelines.local import local_runner
 from stillhouse.workers.protocols import Failed
 from stillhouse.workers.scripted import Script
 from tests.pipelines.conftest import Line, Notes, code_of
@@ -57,6 +60,14 @@ def test_without_an_engine_nothing_is_served(served: Line) -> None:
 
 
 def test_a_cache_that_no_server_has_is_refused(served: Line) -> None:
-    served.tree["compress"] = {"calibrate": False, "recent": 8}
-    with pytest.raises(ConfigError, match=r"deploy\.engine: expected a cache that a server has"):
-        served.run()
+    """Before anything is run."""
+    for other in ({"recent": 8}, {"calibrate": False, "seed": 3}, {"key_bits": 8}):
+        served.tree["compress"] = other
+        with pytest.raises(ConfigError, match=r"deploy\.engine: vllm serves a calibrated cache"):
+            _ = served.recipe
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is here")
+def test_an_engine_that_is_not_there_is_said_at_the_start(served: Line) -> None:
+    with pytest.raises(ConfigError, match=r"deploy\.engine: expected vLLM, found none"):
+        local_runner(served.recipe)
