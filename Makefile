@@ -5,11 +5,12 @@ SHELL := /bin/bash
 .PHONY: help setup demo test setup-serving test-serving check kernels fmt gpu gpu-serving clean
 
 VENV ?= .venv
+SERVING_VENV ?= .venv-serving
 PY := $(VENV)/bin/python
 BIN := $(abspath $(VENV))/bin
 PYTEST_ARGS ?=
 BENCH ?= full
-export VENV
+export VENV SERVING_VENV
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' \
@@ -25,10 +26,10 @@ test: setup  ## all tests that need no GPU; PYTEST_ARGS="-k name" for some
 	@$(PY) -m pytest -m "not gpu and not serving" $(PYTEST_ARGS)
 
 setup-serving: setup  ## make .venv-serving: Stillhouse and vLLM for a CPU
-	@MAIN_VENV=$(VENV) tools/setup_serving.sh
+	@tools/setup_serving.sh
 
 test-serving: setup-serving  ## the tests that start servers; PYTEST_ARGS as for `test`
-	@.venv-serving/bin/python -m pytest -m serving tests/serving $(PYTEST_ARGS)
+	@$(SERVING_VENV)/bin/python -m pytest -m serving tests/serving $(PYTEST_ARGS)
 
 check: setup  ## format, lint, types, import rules
 	@echo "== ruff format"; $(BIN)/ruff format --check .
@@ -58,6 +59,6 @@ gpu-serving: setup  ## on a CUDA device with stillhouse[vllm] in .venv: the test
 	@$(PY) -c 'import torch, vllm; assert torch.cuda.is_available(), "make gpu-serving: no CUDA device"'
 	@$(PY) -m pytest -m serving tests/serving $(PYTEST_ARGS)
 
-clean:  ## remove caches and build output; .venv and runs/ stay
+clean:  ## remove caches and build output; environments and runs/ stay
 	rm -rf build dist .typing .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info
-	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './.venv*/*' -prune -exec rm -rf {} +

@@ -40,7 +40,9 @@ def serve(
     ] = None,
     cache_gib: Annotated[
         float | None,
-        typer.Option(min=0.01, help="Memory of the cache; else most of what is there."),
+        typer.Option(
+            min=0.01, help="Memory of the cache; else, on a CPU, a quarter of what is free."
+        ),
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="Of the weights: bfloat16, float16, float32.")

@@ -36,7 +36,7 @@ class ServeJob:
     """What to serve and how.
 
     key: the API key; None for none, on loopback alone. context: tokens of a request at most; None
-    for the model's own. pool: bytes of the cache; None for what the engine takes. drain: seconds
+    for the model's own. pool: bytes of the cache; None for `default_pool`. drain: seconds
     that requests under way have when the server is told to stop. log_prompts: whether requests
     are logged with their text.
     """
@@ -73,8 +73,9 @@ class ServeJob:
         ]  # fmt: skip
         if self.context is not None:
             words += ["--max-model-len", str(self.context)]
-        if self.pool is not None:
-            words += ["--kv-cache-memory-bytes", str(self.pool)]
+        pool = default_pool() if self.pool is None else self.pool
+        if pool is not None:
+            words += ["--kv-cache-memory-bytes", str(pool)]
         if self.cache.format != HALF and torch.cuda.is_available():
             words += ["--attention-backend", "CUSTOM"]
         if self.log_prompts:
@@ -89,6 +90,17 @@ class ServeJob:
         key = {} if self.key is None else {"VLLM_API_KEY": self.key}
         kept = {name: value for name, value in os.environ.items() if name != "VLLM_API_KEY"}
         return kept | quiet | key
+
+
+def default_pool() -> int | None:
+    """On a CPU a quarter of the memory that is free, bytes; None on a GPU: what the engine takes.
+
+    On a CPU that would be nearly all there is, and it does not start where less is free.
+    """
+    if torch.cuda.is_available():
+        return None
+    [free] = re.findall(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    return int(free) * 1024 // 4
 
 
 def require_startable(job: ServeJob) -> None:
