@@ -1,7 +1,6 @@
 """Real servers of real models; run with `make test-serving`, in the environment that has vLLM."""
 
 import random
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from stillhouse.workers.calibrator import calibrate, calibration_rows
 from stillhouse.workers.models.language_model import load
 from stillhouse.workers.models.store import ModelStore
 from stillhouse.workers.protocols import ModelSpec
+from stillhouse.workers.serving.local_server import free_port
 from stillhouse.workers.serving.served_cache import ServedCache
 from stillhouse.workers.serving.server import ServeJob, ServerProcess
 from tests.serving.stories import story
@@ -42,12 +42,6 @@ def smollm2(cache_root: Path) -> Path:
 @pytest.fixture(scope="session")
 def gemma(cache_root: Path) -> Path:
     return ModelStore(cache_root).folder(GEMMA)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def job_of(folder: Path, cache: ServedCache, **options) -> ServeJob:

@@ -21,8 +21,6 @@ from stillhouse.kernels.turboquant import (
     FittedCodec,
     Fp8Codec,
     MseCodec,
-    balance,
-    fit_heads,
     to_half,
 )
 from stillhouse.workers.cache.cpu_attention import vector_format
@@ -30,18 +28,15 @@ from stillhouse.workers.serving.cpu_layer import CpuLayer
 from stillhouse.workers.serving.layout import BlockLayout
 from stillhouse.workers.serving.self_check import require_right
 from stillhouse.workers.serving.step import Piece, Step, pieces
+from tests.kernels.paged_attention.fits import fitted_codec
 
 HEADS, GROUP, BLOCK = 2, 3, 16
 
 
 def fitted(dim: int, scalar: Any, seed: int) -> FittedCodec:
-    """Of two channel groups and some channels that are left out, with means and maps."""
-    draw = torch.Generator().manual_seed(seed)
-    factor = torch.randn((HEADS, dim, dim), generator=draw, dtype=torch.float64)
-    moment = factor @ factor.mT / dim + torch.eye(dim, dtype=torch.float64)
-    mean = torch.randn((HEADS, dim), generator=draw, dtype=torch.float64)
+    """Of two channel groups and some channels that are left out."""
     groups = (ChannelGroup(16, 5), ChannelGroup(dim - 24, 4), ChannelGroup(8, 0))
-    return FittedCodec(fit_heads(mean, balance(moment, moment), groups), scalar)
+    return fitted_codec(groups, HEADS, seed, scalar)
 
 
 def codecs_of(kind: str, dim: int) -> tuple[Any, Any]:

@@ -18,7 +18,7 @@ def local_job(spec: ServedSpec) -> ServeJob:
         folder=spec.folder,
         name="served",
         cache=ServedCache(spec.cache, folder, spec.sinks),
-        port=_free_port(),
+        port=free_port(),
         key=secrets.token_urlsafe(32),
         context=spec.context,
         dtype=spec.dtype,
@@ -27,7 +27,8 @@ def local_job(spec: ServedSpec) -> ServeJob:
     )
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Nobody has it now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

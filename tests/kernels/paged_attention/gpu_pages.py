@@ -15,9 +15,8 @@ from stillhouse.kernels.turboquant import (
     FittedCodec,
     Fp8Codec,
     MseCodec,
-    balance,
-    fit_heads,
 )
+from tests.kernels.paged_attention.fits import fitted_codec
 
 
 def codec_of(bits: int, dim: int) -> GpuCodec:
@@ -27,13 +26,8 @@ def codec_of(bits: int, dim: int) -> GpuCodec:
 
 def fitted(bits: int, coded: int, dim: int, heads: int, seed: int = 1) -> FittedCodec:
     """With a mean and a map of each head's own; dim - coded channels are left out."""
-    draw = torch.Generator().manual_seed(seed)
-    factor = torch.randn((heads, dim, dim), generator=draw, dtype=torch.float64)
-    moment = factor @ factor.mT / dim + torch.eye(dim, dtype=torch.float64)
-    mean = torch.randn((heads, dim), generator=draw, dtype=torch.float64)
     groups = [ChannelGroup(coded, bits), ChannelGroup(dim - coded, 0)]
-    fit = fit_heads(mean, balance(moment, moment), [g for g in groups if g.channels])
-    return FittedCodec(fit, "unbiased")
+    return fitted_codec([group for group in groups if group.channels], heads, seed)
 
 
 @dataclass(frozen=True)

@@ -12,24 +12,13 @@ from stillhouse.kernels.paged_attention import FP8, HalfPage, VectorFormat, writ
 from stillhouse.kernels.paged_attention.cpu_store import store_vectors
 from stillhouse.kernels.turboquant import (
     ChannelGroup,
-    FittedCodec,
     Fp8Codec,
     MseCodec,
-    balance,
-    fit_heads,
 )
 from stillhouse.kernels.turboquant.codec import NotFiniteError
+from tests.kernels.paged_attention.fits import fitted_codec
 
 HEADS, DIM = 3, 64
-
-
-def fitted(groups: tuple[ChannelGroup, ...], with_map: bool) -> FittedCodec:
-    draw = torch.Generator().manual_seed(1)
-    factor = torch.randn((HEADS, DIM, DIM), generator=draw, dtype=torch.float64)
-    moment = factor @ factor.mT / DIM + torch.eye(DIM, dtype=torch.float64)
-    mean = torch.randn((HEADS, DIM), generator=draw, dtype=torch.float64)
-    fit = fit_heads(mean, balance(moment, moment), groups)
-    return FittedCodec(fit if with_map else fit.without_map(), "unbiased")
 
 
 def codec_of(name: str) -> tuple[Any, VectorFormat]:
@@ -38,7 +27,7 @@ def codec_of(name: str) -> tuple[Any, VectorFormat]:
     if name.startswith("mse"):
         return MseCodec(DIM, int(name[3:]), "unbiased"), VectorFormat.uniform(DIM, int(name[3:]))
     groups = (ChannelGroup(16, 4), ChannelGroup(40, 3), ChannelGroup(8, 0))
-    codec = fitted(groups, with_map=name == "fitted")
+    codec = fitted_codec(groups, HEADS, with_map=name == "fitted")
     return codec, VectorFormat(codec.coded_groups)
 
 

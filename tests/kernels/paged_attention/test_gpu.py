@@ -6,72 +6,23 @@
 import math
 import subprocess
 import sys
-from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton.runtime.errors import InterpreterError
 
-from stillhouse.kernels.paged_attention.gpu import CodedBasis, GpuDecoder, RawTokens, Sequences
+from stillhouse.kernels.paged_attention.gpu import RawTokens, Sequences
 from stillhouse.kernels.paged_attention.gpu_configs import AttendShape, split_count
-from stillhouse.kernels.paged_attention.reference import attend_reference
-from stillhouse.kernels.turboquant import ChannelGroup, HalfCodec, MseCodec
-from tests.kernels.paged_attention.gpu_pages import Paged, codec_of, fitted, paged
-
-# The norm of a head's error over the norm of its output in float64, the worst head of a batch.
-# Found in the interpreter, which rounds as a GPU does (conftest.py): up to 1.0e-3 in float16, which
-# is the kernel's own (1.7e-3 where an output of 1e-4 is subnormal), and 1.63e-3 to 1.95e-3 in
-# bfloat16, of which rounding the output to 8 bits is 1.7e-3.
-BOUND = 2e-3
-RANGES = [(0, 70), (0, 1), (5, 5), (9, 64)]
-
-
-def queries(*shape: int, dtype: torch.dtype = torch.float16, seed: int = 3) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def decoder_of(case: Paged, dim: int, **more: Any) -> GpuDecoder:
-    options: dict[str, Any] = {"scaling": dim**-0.5} | more
-    return GpuDecoder(*case.bases, case.format.tokens, dim, **options)
-
-
-def worst(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The relative error of the output of a head, the largest of all sequences and heads."""
-    error = (found.double().cpu() - wanted).flatten(2).norm(dim=-1)
-    return float((error / wanted.flatten(2).norm(dim=-1).clamp_min(1e-9)).max())
-
-
-def compared(
-    case: Paged, query: torch.Tensor, device: str, *, raw: Any = None, **more: Any
-) -> float:
-    """`worst` of a call, after its logarithms were compared."""
-    dim, splits = query.shape[-1], more.pop("splits", 2)
-    decoder = decoder_of(case, dim, **more)
-    keys, values, sequences = case.to(device)
-    out, lse = decoder.attend(
-        query.to(device), keys, values, sequences, splits=splits, raw=raw and raw[0]
-    )
-    bases = tuple(_on_cpu(basis) for basis in case.bases)
-    wanted, sums = attend_reference(
-        query,
-        case.coded,
-        (bases[0], bases[1]),
-        scaling=dim**-0.5,
-        softcap=more.get("softcap", 0.0),
-        raw=raw and raw[1],
-    )
-    torch.testing.assert_close(lse.double().cpu(), sums, rtol=3e-4, atol=4e-3)
-    assert out.dtype == query.dtype
-    return worst(out, wanted)
-
-
-def _on_cpu(basis: CodedBasis) -> CodedBasis:
-    names = ("into_HDC", "back_HCD", "mean_HD")
-    maps = {name: part for name in names if (part := getattr(basis, name)) is not None}
-    return replace(basis, **{name: part.cpu() for name, part in maps.items()})
+from tests.kernels.paged_attention.gpu_calls import (
+    BOUND,
+    RANGES,
+    compared,
+    decoder_of,
+    queries,
+    worst,
+)
+from tests.kernels.paged_attention.gpu_pages import codec_of, fitted, paged
 
 
 @pytest.mark.parametrize("bits", [(2, 2), (3, 3), (4, 4), (8, 8), (3, 2), (8, 4), (2, 8)])
@@ -247,78 +198,6 @@ def test_a_stored_scalar_that_is_not_finite_shows_as_nan(device: str) -> None:
         half.copy_(kept)
 
 
-def refused(
-    match: str,
-    case: Paged,
-    query: torch.Tensor,
-    sequences: Sequences | None = None,
-    raw: RawTokens | None = None,
-    keys: torch.Tensor | None = None,
-) -> None:
-    with pytest.raises(ValueError, match=match):
-        decoder_of(case, 64).attend(
-            query,
-            case.keys if keys is None else keys,
-            case.values,
-            sequences or case.sequences,
-            raw=raw,
-        )
-
-
-def test_what_does_not_fit_is_refused_with_what_was_expected_and_found() -> None:
-    case = paged((codec_of(4, 64), codec_of(4, 64)), RANGES, 2, 32)
-    query, raw = queries(4, 2, 3, 64), queries(4, 2, 5, 64)
-    table, first, last = case.sequences
-    refused(r"queries \[B, H, G, 64\] .* found torch.float32", case, query.float())
-    refused("found .*80", case, queries(4, 2, 3, 80))
-    refused("those of a head contiguous", case, query.mT.contiguous().mT)
-    refused(r"half pages of keys, uint8 \[N, 3, 1088\]", case, queries(4, 3, 3, 64))
-    refused("multiples of 16 bytes", case, query, keys=_shifted(case.keys))
-    refused("an int32 table of 4 rows", case, query, Sequences(table.long(), first, last))
-    refused(r"int32 \[4\], found", case, query, Sequences(table, first[:1], last))
-    refused(r"within 96 tokens", case, query, Sequences(table, first, last + 64))
-    refused("within 96 tokens", case, query, Sequences(table, first - 1, last))
-    count = len(case.keys)
-    refused(f"pages from 0 to {count - 1}", case, query, Sequences(table + 1, first, last))
-    refused("pages from 0 to", case, query, Sequences(table - 1, first, last))
-    refused(r"raw values \[4, 2, 5, 64\]", case, query, raw=RawTokens(raw, raw[1:], first, last))
-    refused("within 5 raw tokens", case, query, raw=RawTokens(raw, raw, first, last))
-    for splits in (0, -1):
-        with pytest.raises(ValueError, match=f"splits of 1 or more, found {splits}"):
-            decoder_of(case, 64).attend(query, *case.to("cpu"), splits=splits)
-    brain = raw.bfloat16()
-    refused("in the queries' torch.float16", case, query, raw=RawTokens(brain, raw, first, last))
-
-
-def test_fits_of_other_heads_and_other_head_sizes_are_refused() -> None:
-    """Their maps would be read past their ends."""
-    two, one, shared = fitted(4, 64, 64, 2), fitted(4, 64, 64, 1), codec_of(4, 64)
-    for codecs, heads, found in (
-        ((two, shared), 2, 4),
-        ((shared, two), 2, 1),
-        ((shared, one), 1, 2),
-    ):
-        fits = paged(codecs, RANGES, heads, 32)
-        assert compared(fits, queries(4, heads, 3, 64) / 4, "cpu") < BOUND
-        other = paged((shared, shared), RANGES, found, 32)
-        case = replace(other, bases=fits.bases)
-        refused(f"expected {heads} heads, one for each map, found {found}", case,
-                queries(4, found, 3, 64))  # fmt: skip
-    wide = CodedBasis.of(fitted(4, 64, 80, 1), "cpu")
-    right = CodedBasis.of(shared, "cpu")
-    with pytest.raises(ValueError, match="keys of a head size of 64, found a codec of 80"):
-        GpuDecoder(wide, right, 32, 64, scaling=1.0)
-    with pytest.raises(ValueError, match="values of a head size of 64, found a codec of 80"):
-        GpuDecoder(right, wide, 32, 64, scaling=1.0)
-    with pytest.raises(ValueError, match="keys of a head size of 80, found a codec of 64"):
-        GpuDecoder(CodedBasis.of(codec_of(8, 64), "cpu"), wide, 32, 80, scaling=1.0)
-
-
-def _shifted(pages: torch.Tensor) -> torch.Tensor:
-    """The same pages, 4 bytes further than they should be."""
-    return torch.cat((pages, pages[..., :4]), dim=-1)[..., : pages.shape[-1]]
-
-
 def test_entries_of_a_table_that_no_range_reaches_may_be_anything() -> None:
     case = paged((codec_of(4, 64), codec_of(4, 64)), [(40, 64), (0, 5)], 1, 32)
     table, first, last = case.sequences
@@ -328,64 +207,6 @@ def test_entries_of_a_table_that_no_range_reaches_may_be_anything() -> None:
     one = decoder.attend(query, case.keys, case.values, case.sequences, splits=1)
     two = decoder.attend(query, case.keys, case.values, Sequences(filled, first, last), splits=1)
     assert torch.equal(one[0], two[0])
-
-
-def test_codecs_that_no_kernel_reads_are_refused() -> None:
-    for codec in (MseCodec(64, 5, "unbiased"), MseCodec(32, 4, "unbiased")):
-        with pytest.raises(ValueError, match="expected one group of 64, 80, … 256 channels"):
-            CodedBasis.of(codec, "cpu")
-    with pytest.raises(ValueError, match="law 'gaussian' and 2, 3 or 4 bits, found 'sphere'"):
-        CodedBasis.of(MseCodec(64, 4, "unbiased", law="sphere"), "cpu")
-    with pytest.raises(ValueError, match="2, 3 or 4 bits, found 'gaussian' and 8 bits"):
-        CodedBasis.of(MseCodec(64, 8, "unbiased"), "cpu")  # no fp8: its vectors are rotated
-    half: Any = HalfCodec(64)
-    with pytest.raises(ValueError, match="expected an MseCodec, FittedCodec or Fp8Codec, found"):
-        CodedBasis.of(half, "cpu")
-    two = fitted(4, 64, 96, 1)
-    two._groups = (ChannelGroup(64, 4), ChannelGroup(32, 2))
-    with pytest.raises(ValueError, match=r"found \[\(64, 4\), \(32, 2\)\]"):
-        CodedBasis.of(two, "cpu")
-
-
-@pytest.mark.usefixtures("debugging")
-def test_the_debug_mode_finds_a_page_that_does_not_exist() -> None:
-    case = paged((codec_of(4, 64), codec_of(4, 64)), [(0, 40)], 1, 32)
-    table, *ends = case.sequences
-    decoder = decoder_of(case, 64, check=True)
-    query = queries(1, 1, 2, 64)
-    decoder.attend(query, case.keys, case.values, case.sequences, splits=1)
-    with pytest.raises(InterpreterError, match="a page out of range"):
-        decoder.attend(
-            query, case.keys, case.values, Sequences(table + 9, *ends), splits=1, trusted=True
-        )
-
-
-@pytest.mark.usefixtures("debugging")
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"last": 1}, "packed tokens out of range"),
-        ({"first": -41}, "packed tokens out of range"),
-        ({"raw_last": 1}, "raw tokens out of range"),
-        ({"raw_first": -1}, "raw tokens out of range"),
-    ],
-)
-def test_the_debug_mode_finds_ranges_past_a_table_and_past_raw_tokens(
-    change: dict[str, int], words: str
-) -> None:
-    case = paged((codec_of(4, 64), codec_of(4, 64)), [(40, 64)], 1, 32)
-    key, zero = queries(1, 1, 5, 64), torch.zeros(1, dtype=torch.int32)
-    table, first, last = case.sequences
-    decoder, query = decoder_of(case, 64, check=True), queries(1, 1, 2, 64)
-
-    def attend(**by: int) -> None:
-        at = Sequences(table, first + by.get("first", 0), last + by.get("last", 0))
-        raw = RawTokens(key, key, zero + by.get("raw_first", 0), zero + 5 + by.get("raw_last", 0))
-        decoder.attend(query, case.keys, case.values, at, raw=raw, splits=1, trusted=True)
-
-    attend()
-    with pytest.raises(InterpreterError, match=words):
-        attend(**change)
 
 
 def test_splits_fill_a_gpu_once_and_have_two_tiles_or_more() -> None:
