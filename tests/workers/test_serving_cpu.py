@@ -21,6 +21,7 @@ from stillhouse.kernels.turboquant import (
     FittedCodec,
     Fp8Codec,
     MseCodec,
+    NotFiniteError,
     to_half,
 )
 from stillhouse.workers.cache.cpu_attention import vector_format
@@ -182,6 +183,18 @@ def test_bfloat16_states() -> None:
     engine = Engine(made("mse", 64, 4), [40, 21], random.Random(2), torch.bfloat16)
     engine.run(longest=20)
     assert_agrees(engine, within=5e-3)
+
+
+def test_sinks_may_be_longer_than_a_packed_vector() -> None:
+    """As first tokens of some models are: 2.4e5, where a float16 scalar ends at 65,504."""
+    engine = Engine(made("mse", 64, 1), [20], random.Random(4))
+    _, key, _ = engine.states[0]
+    key[0] = 3e4
+    engine.run(longest=20)
+    assert bool(engine.outputs[0].isfinite().all())
+    rest = MseCodec(64, 4, "unbiased")
+    with pytest.raises(NotFiniteError):
+        rest.encode(key[:1].transpose(0, 1)[None])
 
 
 def test_slots_of_minus_one_store_nothing() -> None:
