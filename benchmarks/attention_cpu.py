@@ -36,6 +36,7 @@ from stillhouse.kernels.paged_attention import (
     cpu,
 )
 from stillhouse.kernels.paged_attention.cpu_chunk import ChunkSpan, ChunkTokens, chunk_decoder
+from stillhouse.kernels.paged_attention.cpu_plan import DecodePlan
 
 SHAPES = {"smollm2-135m": (3, 3, 64), "llama-8b": (8, 4, 128)}  # heads, queries of each, head size
 CONTEXTS, QUICK = (1024, 4096, 16384, 65536), (1024, 4096)
@@ -115,7 +116,8 @@ def measured(shape: str, context: int, machine: dict[str, Any], threads: int) ->
         pages = PageFormat.of(VectorFormat.uniform(dim, key), VectorFormat.uniform(dim, value), 64)
         size = -(-context // pages.tokens) * heads * pages.nbytes
         query = torch.randn(1, heads, group, dim) / dim**0.5
-        calls = [packed_call(query, pages, context, threads) for _ in copies(size)]
+        plan = step_plan(query, pages, context)
+        calls = [packed_call(query, pages, context, plan, threads) for _ in copies(size)]
         bound = None
         if key != FP8:
             values = 2 * context * heads * dim
@@ -182,16 +184,24 @@ def whole_call(
     return lambda: attend(query, keys, values, attn_mask=mask, enable_gqa=True)
 
 
-def packed_call(query: Tensor, pages: PageFormat, context: int, threads: int) -> Callable[[], Any]:
-    """Ours over a cache of its own, its pages in no order."""
-    count = -(-context // pages.tokens)
-    table = torch.randperm(count).int()[None]
-    heads = query.shape[1]
+def step_plan(query: Tensor, pages: PageFormat, context: int) -> DecodePlan:
+    """Made once a step and shared by its layers, the caches here; pages in no order."""
+    _, heads, group, _ = query.shape
+    table = torch.randperm(-(-context // pages.tokens)).int()[None]
+    return DecodePlan([(0, context)], [(0, 0, 0, 0)], heads, group, pages.tokens, table)
+
+
+def packed_call(
+    query: Tensor, pages: PageFormat, context: int, plan: DecodePlan, threads: int
+) -> Callable[[], Any]:
+    """Ours over a cache of its own."""
+    count, (_, heads, group, dim) = -(-context // pages.tokens), query.shape
     keys, values = random_half(count, heads, pages.key), random_half(count, heads, pages.value)
-    span = [(0, context)]
-    attend = cpu.decoder(pages, query.shape[2]).attend
+    attend = cpu.decoder(pages, group).attend
     halves = cpu.PackedHalf(keys), cpu.PackedHalf(values)
-    return lambda: attend(query, *halves, span, table, threads=threads)
+    none = torch.empty((1, heads, 0, dim), dtype=torch.bfloat16)
+    raw = cpu.RawTokens(query, ((none, none), (none, none)))
+    return lambda: attend(query, *halves, plan, raw, threads=threads)
 
 
 def copies(size: int) -> range:

@@ -28,12 +28,18 @@ from stillhouse.kernels.paged_attention.cpu_chunk_rows import (
 )
 from stillhouse.kernels.paged_attention.cpu_compile import compiled, processor
 from stillhouse.kernels.paged_attention.cpu_multiply import ROWS
-from stillhouse.kernels.paged_attention.cpu_spec import filled_lanes, value_lanes
+from stillhouse.kernels.paged_attention.cpu_spec import (
+    KEY_WORDS,
+    VALUE_WORDS,
+    filled_lanes,
+    value_lanes,
+)
 from stillhouse.kernels.paged_attention.cpu_threads import run_together
 from stillhouse.kernels.paged_attention.pages import PageFormat, RecordFormat
 from stillhouse.kernels.paged_attention.refusals import (
     HalfShape,
     Inputs,
+    places_of,
     require,
     require_chunk,
     require_least,
@@ -95,19 +101,21 @@ class ChunkDecoder:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The softmax over history and raw tokens, of each query up to its own token.
 
-        query_BHMC: float32, in the keys' coded basis, times the softmax scale. keys, values,
-        table_BW and offset_BHM (of packed scores): as `cpu.PackedDecoder.attend`. window: how many
-        tokens a query sees, itself included; 0 for all. threads: torch's number by default; the
-        result's bits do not depend on it.
+        query_BHMC: float32, in the keys' coded basis, times the softmax scale. table_BW: as
+        `cpu_plan.DecodePlan`. offset_BHM: added to packed scores, as a query's product with the
+        keys' mean. window: how many tokens a query sees, itself included; 0 for all. threads:
+        torch's number by default; the result's bits do not depend on it.
 
         Returns the shares of the packed values in their coded basis, float32 [B, H, M, V], those
         of the raw values, [B, H, M, D], and the packed tokens' share of the probability, [B, H, M],
         which the packed values' mean is to be multiplied by. ValueError for what does not fit.
         """
         ranges = [(span.first, span.last) for span in spans]
-        inputs = Inputs(query_BHMC, (keys, values), ranges, table_BW, offset_BHM)
+        inputs = Inputs(query_BHMC, (keys, values), offset_BHM)
         batch, heads, rows = query_BHMC.shape[:3]
-        require(self._key, self._value, self.pages.tokens, rows, inputs)
+        require(self._key, self._value, rows, inputs)
+        places = places_of(ranges, self.pages.tokens, table_BW)
+        places.require_within((keys, values))
         require_chunk(chunk, query_BHMC.shape, spans, self.group)
         require_least("threads", threads, 1)
         require_least("a window", window, 0)
@@ -138,7 +146,8 @@ class ChunkDecoder:
             "raw_keys": raw_keys.data_ptr(), "raw_values": raw_values.data_ptr(),
             "raw_tokens": most, "out": out.data_ptr(), "raw_out": raw_out.data_ptr(),
             "share": share.data_ptr(),
-            **half_places(self._key, keys), **half_places(self._value, values),
+            **dict(zip(KEY_WORDS, half_places(self._key, keys), strict=True)),
+            **dict(zip(VALUE_WORDS, half_places(self._value, values), strict=True)),
         }  # fmt: skip
         if table_BW is not None:
             words.update(table=table_BW.data_ptr(), table_row=4 * table_BW.stride(0))

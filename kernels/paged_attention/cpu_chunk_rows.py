@@ -13,8 +13,9 @@ from stillhouse.kernels.paged_attention.cpu_lanes import F32, I32, I64, LANES, V
 from stillhouse.kernels.paged_attention.cpu_multiply import ROWS, Multiplier
 from stillhouse.kernels.paged_attention.cpu_paging import PageWriter
 from stillhouse.kernels.paged_attention.cpu_spec import (
-    HALF_WORDS,
+    KEY_WORDS,
     LOWEST,
+    VALUE_WORDS,
     JobReader,
     filled_lanes,
     value_lanes,
@@ -26,8 +27,7 @@ RAW_STEP = 64  # raw tokens are padded to a multiple
 CHUNK_SPAN = 5  # words of a sequence, see `ChunkWriter`
 CHUNK_WORDS = (
     "next", "items", "heads", "blocks", "rows", "softcap", "window", "spans",
-    *(f"key_{word}" for word in HALF_WORDS), *(f"value_{word}" for word in HALF_WORDS),
-    "table", "table_row", "books",
+    *KEY_WORDS, *VALUE_WORDS, "table", "table_row", "books",
     "query", "offset", "raw_query", "raw_keys", "raw_values", "raw_tokens",
     "out", "raw_out", "share",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""LLVM code that merges a head's splits, and the tokens in 16 bits where there are some.
+"""LLVM code that merges a head's splits, and the tokens in 16 bits.
 
 Run by the thread that finished the head's last split. Splits are merged in their order, whoever
 made them.
@@ -31,17 +31,15 @@ from stillhouse.kernels.paged_attention.cpu_spec import (
     value_lanes,
 )
 
-_LN2 = 0.6931471805599453
 FLOATS = F32.as_pointer()
 
 
 def finish_function(module: ir.Module, spec: DecodeSpec, job: Any) -> ir.Function:
     """finish(job, sequence, head, place, splits): place = sequence · heads + head.
 
-    Without raw tokens: top = m · ln 2 and total = l, float32 [places, G], and out = Σ 2^(s - m) ·
-    value, [places, G, coded channels]. With them: out and raw_out, [places, G, D], are shares of
-    the softmax over all tokens, the values' mean (raw_mean, [heads, D], or none) included in
-    raw_out by the packed tokens' share; zeros where no token is seen.
+    out, float32 [places, G, coded channels], and raw_out, [places, G, D], are shares of the softmax
+    over all tokens, the values' mean (raw_mean, [heads, D], or none) included in raw_out by the
+    packed tokens' share; zeros where no token is seen.
     """
     kind = ir.FunctionType(ir.VoidType(), [job, I64, I64, I64, I64])
     function = ir.Function(module, kind, "finish")
@@ -78,8 +76,7 @@ class _FinishWriter(LaneWriter):
         b.store(ir.Constant(F32, LOWEST), top)
         with self.loop(I64(0), self.splits, 1) as s:
             self.raise_to(b.load(self.ml(s, g)), top)
-        if self.spec.raw:
-            self.raw_scores(g, row, top)
+        self.raw_scores(g, row, top)
         b.store(ir.Constant(F32, 0.0), total)
         with self.loop(I64(0), self.splits, 1) as s:
             place = self.ml(s, g)
@@ -87,12 +84,6 @@ class _FinishWriter(LaneWriter):
             b.store(weight, place)  # in the maximum's place
             more = b.fmul(weight, b.load(b.gep(place, [I64(1)])))
             b.store(b.fadd(b.load(total), more), total)
-        if not self.spec.raw:
-            highest = b.fmul(b.load(top), ir.Constant(F32, _LN2))
-            b.store(highest, b.gep(self.job.pointer("top", FLOATS), [row]))
-            b.store(b.load(total), b.gep(self.job.pointer("total", FLOATS), [row]))
-            self.merge(g, row, None)
-            return
         packed = b.load(total)
         count = self.raw_weights(row, top, total)
         one = ir.Constant(F32, 1.0)
@@ -117,7 +108,7 @@ class _FinishWriter(LaneWriter):
         return b.gep(self.job.pointer(name, FLOATS), [b.mul(number, I64(size))])
 
     def merge(self, g: Any, row: Any, share: Any) -> None:
-        """The splits' sums of values, without the lanes that pad channel groups."""
+        """The splits' shares of the values, without the lanes that pad channel groups."""
         b, value = self.b, self.spec.pages.value.format
         out = b.gep(self.job.pointer("out", FLOATS), [b.mul(row, I64(value.channels))])
         channel = 0
@@ -129,8 +120,9 @@ class _FinishWriter(LaneWriter):
                     sums = self.load_floats(self.of_split("acc", s, g, self.width), start + c)
                     weight = self.broadcast(b.load(self.ml(s, g)))
                     b.store(self.fma(weight, sums, b.load(part)), part)
-                found = b.load(part) if share is None else b.fmul(b.load(part), share)
-                self.store_first(found, out, channel + c, min(LANES, group.channels - c))
+                self.store_first(
+                    b.fmul(b.load(part), share), out, channel + c, min(LANES, group.channels - c)
+                )
             channel += group.channels
 
     def store_first(self, value: Any, base: Any, offset: int, count: int) -> None:
@@ -164,7 +156,7 @@ class _FinishWriter(LaneWriter):
 
     def chunks(self) -> Sequence[int]:
         """16 channels each; the last ones overlap where D is no multiple of 16."""
-        dim = self.spec.raw
+        dim = self.spec.dim
         return [min(c, dim - LANES) for c in range(0, dim, LANES)]
 
     def widened(self, base: Any, channel: int, brain: bool) -> Any:
@@ -177,7 +169,7 @@ class _FinishWriter(LaneWriter):
     def raw_scores(self, g: Any, row: Any, top: Any) -> None:
         """All scores into their row, capped, and the greatest."""
         b, scores = self.b, self.raw_row()
-        query = b.gep(self.job.pointer("raw_query", FLOATS), [b.mul(row, I64(self.spec.raw))])
+        query = b.gep(self.job.pointer("raw_query", FLOATS), [b.mul(row, I64(self.spec.dim))])
         queries, seen = [], 0
         for c in self.chunks():
             lanes = self.load_floats(query, c)
@@ -226,7 +218,7 @@ class _FinishWriter(LaneWriter):
         mean = self.job.word("raw_mean")
         with b.if_then(b.icmp_unsigned("!=", mean, I64(0))):
             means = b.inttoptr(mean, FLOATS)
-            means = b.gep(means, [b.mul(self.head, I64(self.spec.raw))])
+            means = b.gep(means, [b.mul(self.head, I64(self.spec.dim))])
             for c, part in parts:
                 b.store(b.fmul(self.load_floats(means, c), self.broadcast(packed)), part)
         at = self.variable(I64)
@@ -239,6 +231,6 @@ class _FinishWriter(LaneWriter):
                 for c, part in parts:
                     numbers = self.widened(place, c, self.spec.brain[1])
                     b.store(self.fma(self.broadcast(weight), numbers, b.load(part)), part)
-        out = b.gep(self.job.pointer("raw_out", FLOATS), [b.mul(row, I64(self.spec.raw))])
+        out = b.gep(self.job.pointer("raw_out", FLOATS), [b.mul(row, I64(self.spec.dim))])
         for c, part in parts:
             self.store(b.load(part), out, c)

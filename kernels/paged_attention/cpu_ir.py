@@ -69,6 +69,7 @@ class _RunWriter(LaneWriter):
         count = b.select(b.icmp_signed("<", first, last), count, I64(0))
         done = self.taken(b.gep(self.job.pointer("done", _JOB), [place]))
         with b.if_then(b.icmp_signed("==", done, b.sub(most, I64(1)))):
+            b.store(I64(0), b.gep(self.job.pointer("done", _JOB), [place]))  # for the next layer
             b.call(self.finish, [self.function.args[0], sequence, head, place, count])
 
     def split_size(self, last: Any) -> Any:

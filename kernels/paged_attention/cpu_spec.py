@@ -17,14 +17,17 @@ SPLIT_TOKENS = 512  # a thread's work: small enough to balance, large enough to 
 MOST_SPLITS = 16  # of a longer context the splits are longer, so that merging stays cheap
 SPAN_WORDS = 6  # of a sequence: packed tokens, then raw tokens of both parts, each [first, last)
 HALF_WORDS = ("vectors", "scalars", "row", "scalar_row", "head", "scalar_head", "page")
+KEY_WORDS, VALUE_WORDS = (
+    tuple(f"{half}_{word}" for word in HALF_WORDS) for half in ("key", "value")
+)
 RAW_WORDS = ("keys", "key_row", "key_head", "key_token",
              "values", "value_row", "value_head", "value_token")  # fmt: skip
+# Of a step, the same for all its layers. done: counters of a head's finished work items.
+PLAN_WORDS = ("done", "heads", "items", "splits", "spans", "table", "table_row")
 JOB_WORDS = (
-    "next", "done",  # counters: of work items taken, and of those finished of each head
-    "heads", "items", "splits", "threads", "softcap", "spans",
-    *(f"key_{word}" for word in HALF_WORDS), *(f"value_{word}" for word in HALF_WORDS),
-    "table", "table_row", "query", "offset", "books",
-    "acc", "ml", "top", "total", "out",
+    "next",  # counter of work items taken
+    *PLAN_WORDS, "threads", "softcap", "books", *KEY_WORDS, *VALUE_WORDS,
+    "query", "offset", "acc", "ml", "out",
     *(f"raw{part}_{word}" for part in (0, 1) for word in RAW_WORDS),
     "raw_query", "raw_mean", "raw_out", "scores", "scores_row",
 )  # fmt: skip
@@ -32,17 +35,15 @@ JOB_WORDS = (
 
 @dataclass(frozen=True, slots=True)
 class DecodeSpec:
-    """permute: `avx512`, `avx2` or `` for how tables are read.
-
-    raw: the head size of tokens in 16 bits that share the softmax, 0 for none. brain: whether their
-    keys, and their values, are bfloat16, not float16.
+    """dim: the head size, of tokens in 16 bits. brain: whether their keys, and their values, are
+    bfloat16, not float16. permute: `avx512`, `avx2` or `` for how tables are read.
     """
 
     pages: PageFormat | RecordFormat
     group: int
+    dim: int
     softcap: bool
     permute: str
-    raw: int = 0
     brain: tuple[bool, bool] = (False, False)
 
 

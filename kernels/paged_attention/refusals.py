@@ -14,6 +14,7 @@ from stillhouse.kernels.paged_attention.pages import HalfPage, Records
 
 LEAST_RECORDS = 16  # a block of tokens; it reaches back, never past the end
 LEAST_DIM = 16  # head size of tokens in 16 bits: the lanes of a vector
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def require_least(name: str, found: int | None, least: int) -> None:
@@ -27,8 +28,6 @@ class Inputs(NamedTuple):
 
     query: Tensor
     packed: tuple[Any, Any]
-    ranges: Sequence[tuple[int, int]]
-    table: Tensor | None
     offset: Tensor | None
 
 
@@ -52,9 +51,9 @@ class HalfShape(NamedTuple):
         return cls(name, paged, size, scalars, format.is_fp8, format.channels)
 
 
-def require(key: HalfShape, value: HalfShape, page: int, group: int, inputs: Inputs) -> None:
-    """ValueError, with what was expected and found. page: its tokens, 0 for records."""
-    query, packed, ranges, table, offset = inputs
+def require(key: HalfShape, value: HalfShape, group: int, inputs: Inputs) -> None:
+    """ValueError, with what was expected and found."""
+    query, packed, offset = inputs
     batch, heads = query.shape[:2]
     wanted = (batch, heads, group, key.channels)
     if query.dtype != torch.float32 or query.shape != wanted:
@@ -63,7 +62,7 @@ def require(key: HalfShape, value: HalfShape, page: int, group: int, inputs: Inp
         )
     if offset is not None and offset.shape != wanted[:3]:
         raise ValueError(f"expected offsets {list(wanted[:3])}, found {list(offset.shape)}")
-    for tensor in (query, table, offset, *packed[0], *packed[1]):
+    for tensor in (query, offset, *packed[0], *packed[1]):
         if tensor is not None and not tensor.is_cpu:
             raise ValueError(f"expected tensors on the CPU, found one on {tensor.device}")
     for half, tensors in zip((key, value), packed, strict=True):
@@ -71,15 +70,57 @@ def require(key: HalfShape, value: HalfShape, page: int, group: int, inputs: Inp
             _require_pages(half, tensors.vectors, heads)
         else:
             _require_records(half, tensors, batch, heads)
-    count = min(half.vectors.shape[0 if page else 2] for half in packed)
-    if page:
-        table = _require_table(table, batch)
-        _require_ranges(ranges, batch, table.shape[-1] * page)
-        _require_entries(table, page, ranges, count)
-        return
-    _require_ranges(ranges, batch, count)
-    if any(0 < last < LEAST_RECORDS for _, last in ranges):
-        raise ValueError(f"expected ranges that end at {LEAST_RECORDS} or later, found {ranges}")
+
+
+class Places(NamedTuple):
+    """Where the packed tokens lie that sequences see; see `places_of`."""
+
+    ranges: Sequence[tuple[int, int]]
+    page: int
+    table: Tensor | None
+    first: int  # of the pages in use, or of the records
+    end: int
+
+    def require_within(self, packed: tuple[Any, Any]) -> None:
+        """ValueError unless the halves have so many pages or records."""
+        count = min(half.vectors.shape[0 if self.page else 2] for half in packed)
+        if self.first >= 0 and self.end <= count:
+            return
+        if self.page:
+            raise ValueError(
+                f"expected pages from 0 to {count - 1}, found {self.first} to {self.end - 1}"
+            )
+        raise ValueError(
+            f"expected {len(self.ranges)} ranges within {count} tokens, found {list(self.ranges)}"
+        )
+
+
+def places_of(ranges: Sequence[tuple[int, int]], page: int, table_BW: Tensor | None) -> Places:
+    """Of tokens [first, last) of each sequence; ValueError for what no page or record is.
+
+    page: its tokens, 0 for records. table_BW: see `cpu_plan.DecodePlan`.
+    """
+    if not page:
+        if any(first < 0 or 0 < last < LEAST_RECORDS for first, last in ranges):
+            raise ValueError(
+                f"expected ranges from 0 on that end at {LEAST_RECORDS} or later, found {ranges}"
+            )
+        return Places(ranges, 0, None, 0, max((last for _, last in ranges), default=0))
+    table_BW = _require_table(table_BW, len(ranges))
+    most = table_BW.shape[-1] * page
+    if any(first < 0 or last > most for first, last in ranges):
+        raise ValueError(
+            f"expected {len(ranges)} ranges within {most} tokens, found {list(ranges)}"
+        )
+    # Of pages that no range uses the entries may be anything, as a server's -1; numpy's calls take
+    # a third of torch's time.
+    ends = [(first // page, -(-last // page) if first < last else 0) for first, last in ranges]
+    ends_B2 = np.array(ends, dtype=np.int32).reshape(-1, 2)
+    place_W = np.arange(table_BW.shape[1], dtype=np.int32)
+    used_BW = (place_W >= ends_B2[:, :1]) & (place_W < ends_B2[:, 1:])
+    used = table_BW.numpy()[used_BW]
+    first, end = (int(used.min()), int(used.max()) + 1) if used.size else (0, 0)
+    return Places(ranges, page, table_BW, first, end)
 
 
 def _require_pages(half: HalfShape, tensor: Tensor, heads: int) -> None:
@@ -112,42 +153,18 @@ def _require_records(half: HalfShape, packed: Any, batch: int, heads: int) -> No
 
 def _require_table(table: Tensor | None, batch: int) -> Tensor:
     fits = table is not None and table.dtype == torch.int32 and table.ndim == 2
-    if table is None or not fits or table.stride(-1) != 1 or table.shape[0] != batch:
+    fits = fits and table is not None and table.is_cpu and table.stride(-1) == 1
+    if table is None or not fits or table.shape[0] != batch:
         found = None if table is None else f"{table.dtype} {list(table.shape)}"
         raise ValueError(f"expected an int32 table of {batch} rows, found {found}")
     return table
 
 
-def _require_entries(
-    table_BW: Tensor, page: int, ranges: Sequence[tuple[int, int]], count: int
-) -> None:
-    """Of the pages that a range uses; the others may be anything, as a server's -1."""
-    if not table_BW.numel():
-        return
-    least, most = map(int, table_BW.aminmax())
-    if least >= 0 and most < count:  # a layer of a generated token has no time for more
-        return
-    # numpy's calls take a third of torch's time.
-    pages = [(first // page, -(-last // page) if first < last else 0) for first, last in ranges]
-    ends_B2 = np.array(pages, dtype=np.int32)
-    place_W = np.arange(table_BW.shape[1], dtype=np.int32)
-    wrong_BW = table_BW.numpy().view(np.uint32) >= count  # as which numbers below 0 are great
-    wrong_BW &= place_W >= ends_B2[:, :1]
-    wrong_BW &= place_W < ends_B2[:, 1:]
-    if wrong_BW.any():
-        found = table_BW.numpy()[wrong_BW]
-        raise ValueError(
-            f"expected pages from 0 to {count - 1}, found {found.min()} to {found.max()}"
-        )
+def require_raw(raw: Any, shape: Sequence[int], ends: tuple[int, int]) -> None:
+    """ValueError unless tokens in 16 bits (`cpu.RawTokens`) fit queries [B, H, G, C].
 
-
-def _require_ranges(ranges: Sequence[tuple[int, int]], batch: int, limit: int) -> None:
-    if len(ranges) != batch or any(first < 0 or last > limit for first, last in ranges):
-        raise ValueError(f"expected {batch} ranges within {limit} tokens, found {list(ranges)}")
-
-
-def require_raw(raw: Any, shape: Sequence[int]) -> None:
-    """ValueError unless tokens in 16 bits (`cpu.RawTokens`) fit queries [B, H, G, C]."""
+    ends: of the tokens that are seen of both parts.
+    """
     batch, heads, group = shape[:3]
     query, mean = raw.query_BHGD, raw.mean_HD
     dim = query.shape[-1]
@@ -165,26 +182,23 @@ def require_raw(raw: Any, shape: Sequence[int]) -> None:
     for part in raw.parts:
         wanted = (batch, heads, part[0].shape[2], dim)
         for tensor, kind in zip(part, kinds, strict=True):
-            half = kind in (torch.float16, torch.bfloat16) and tensor.dtype == kind
-            if not half or tensor.shape != wanted or tensor.stride(-1) != 1:
+            fits = tensor.dtype == kind and tensor.shape == wanted and tensor.stride(-1) == 1
+            if not fits or not tensor.is_cpu or kind not in _HALF:
                 raise ValueError(
-                    f"expected keys and values in 16 bits {list(wanted)}, the last axis "
-                    f"contiguous, found {tensor.dtype} {list(tensor.shape)}"
+                    f"expected keys and values in 16 bits {list(wanted)} on the CPU, the last axis "
+                    f"contiguous, found {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
                 )
-            if tensor.device.type != "cpu":
-                raise ValueError(f"expected tensors on the CPU, found one on {tensor.device}")
     counts = [keys.shape[2] for keys, _ in raw.parts]
-    for ends in raw.ranges:
-        if not all(ends[2 * i] >= 0 and ends[2 * i + 1] <= counts[i] for i in (0, 1)):
-            raise ValueError(f"expected ranges within {counts} tokens, found {list(ends)}")
-    if len(raw.ranges) != batch:
-        raise ValueError(f"expected ranges of {batch} sequences, found {len(raw.ranges)}")
+    if ends[0] > counts[0] or ends[1] > counts[1]:
+        raise ValueError(f"expected raw ranges within {counts} tokens, found some to {list(ends)}")
 
 
 def require_chunk(chunk: Any, shape: Sequence[int], spans: Sequence[Any], group: int) -> None:
     """ValueError unless raw tokens (`cpu_chunk.ChunkTokens`) fit rows [B, H, M, C] and spans."""
     batch, heads, rows = shape[:3]
     query, keys, values = chunk.query_BHMD, chunk.key_BHRD, chunk.value_BHRD
+    if len(spans) != batch:
+        raise ValueError(f"expected spans of {batch} sequences, found {len(spans)}")
     if rows % group or not rows:
         raise ValueError(f"expected rows of {group} queries a token, found {rows}")
     count, dim = keys.shape[2] if keys.ndim == 4 else 0, query.shape[-1]

@@ -11,12 +11,14 @@ from weakref import WeakKeyDictionary, ref
 from torch import Tensor
 
 from stillhouse.kernels.paged_attention import FP8, RecordFormat, VectorFormat
+from stillhouse.kernels.paged_attention.units import LOG2E
 from stillhouse.kernels.turboquant import ChannelGroup, FittedCodec, Fp8Codec, Fp8Vectors
 from stillhouse.workers.cache.rows import Rows
 from stillhouse.workers.cache.visible import ranges, raw_parts
 
 if TYPE_CHECKING:
     from stillhouse.kernels.paged_attention.cpu import PackedDecoder, PackedHalf
+    from stillhouse.kernels.paged_attention.cpu_plan import DecodePlan
 
 _DECODERS: WeakKeyDictionary[Any, tuple[Any, Any, Any]] = WeakKeyDictionary()
 
@@ -33,17 +35,16 @@ def attend_rows(
 
     query_BHGD: of any floats. Returns float32 [B, H, G, D].
     """
-    from stillhouse.kernels.paged_attention import cpu
+    from stillhouse.kernels.paged_attention.cpu_plan import DecodePlan
 
     keys, values = rows
-    decoder = _decoder(keys.codec, values.codec, query_BHGD.shape[2], softcap)
-    packed_ranges, raw_ranges = ranges(keys, visible)
+    heads, group = query_BHGD.shape[1:3]
     return attend_halves(
-        decoder,
+        _decoder(keys.codec, values.codec, group, softcap),
         (keys.codec, values.codec),
-        query_BHGD.float() * (scaling * cpu.LOG2E),
+        query_BHGD.float() * (scaling * LOG2E),
         (_packed(keys.packed), _packed(values.packed)),
-        (packed_ranges, raw_ranges),
+        DecodePlan(*ranges(keys, visible), heads, group),
         raw_parts(rows),
     )
 
@@ -53,26 +54,22 @@ def attend_halves(
     codecs: tuple[Any, Any],
     query_BHGD: Tensor,
     halves: "tuple[PackedHalf, PackedHalf]",
-    ranges: tuple[Sequence[tuple[int, int]], Sequence[tuple[int, int, int, int]]],
+    plan: "DecodePlan",
     raw_parts: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
-    table_BW: Tensor | None = None,
 ) -> Tensor:
     """As `attend_rows`, over records or pages of keys and of values.
 
-    query_BHGD: float32, times the softmax scale and log2 e. ranges: of each sequence the packed
-    tokens, and those of both parts in 16 bits (`cpu.RawTokens`). table_BW: as
-    `PackedDecoder.attend`.
+    query_BHGD: float32, times the softmax scale and log2 e.
     """
-    from stillhouse.kernels.paged_attention import cpu
+    from stillhouse.kernels.paged_attention.cpu import RawTokens
 
     keys, values = codecs
     mean_HD = mean_of(keys)
-    coded_BHGC, raw_BHGD = decoder.attend_with(
+    coded_BHGC, raw_BHGD = decoder.attend(
         query_BHGD if isinstance(keys, Fp8Codec) else keys.query_in_coded(query_BHGD),
         *halves,
-        ranges[0],
-        cpu.RawTokens(query_BHGD, raw_parts, ranges[1], mean_of(values)),
-        table_BW,
+        plan,
+        RawTokens(query_BHGD, raw_parts, mean_of(values)),
         offset_BHG=None if mean_HD is None else (query_BHGD @ mean_HD[:, :, None])[..., 0],
     )
     packed_BHGD = coded_BHGC if isinstance(values, Fp8Codec) else values.from_coded(coded_BHGC)

@@ -4,15 +4,19 @@ Shape suffixes as in `packed_layer`.
 """
 
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from stillhouse.kernels.paged_attention.units import LOG2E
 from stillhouse.kernels.turboquant import Fp8Codec
 from stillhouse.workers.cache.cpu_attention import attend_halves, mean_of
 from stillhouse.workers.serving.layout import Blocks
 from stillhouse.workers.serving.packed_layer import PackedLayer
 from stillhouse.workers.serving.step import Piece, Step
+
+if TYPE_CHECKING:
+    from stillhouse.kernels.paged_attention.cpu_plan import DecodePlan
 
 
 class CpuLayer(PackedLayer):
@@ -28,20 +32,30 @@ class CpuLayer(PackedLayer):
             store_vectors(self.codecs[number], states[number], blocks[number], half, slots_T)
 
     def _singles(self, query_BHGD: Tensor, blocks: Blocks, step: Step) -> Tensor:
-        from stillhouse.kernels.paged_attention.cpu import LOG2E, PackedHalf
+        from stillhouse.kernels.paged_attention.cpu import PackedHalf
 
-        table_BW = step.single_table
-        sinks_BH2SD = blocks.sinks_NH2SD[table_BW[:, 0].long()]
+        sinks_BH2SD = blocks.sinks_NH2SD[step.single_firsts]
         none = sinks_BH2SD[:, :, 0, :0]
         return attend_halves(
             self._decoder,
             self.codecs,
             query_BHGD.float() * (self.scaling * LOG2E),
             (PackedHalf(blocks.keys_NHY), PackedHalf(blocks.values_NHY)),
-            step.single_ranges(self.layout.sinks, self.window),
+            self._plan(step, query_BHGD.shape[1]),
             ((sinks_BH2SD[:, :, 0], sinks_BH2SD[:, :, 1]), (none, none)),
-            table_BW,
         )
+
+    def _plan(self, step: Step, heads: int) -> "DecodePlan":
+        from stillhouse.kernels.paged_attention.cpu_plan import DecodePlan
+
+        sinks = self.layout.sinks
+        key = heads, self.group, sinks, self.window
+        if key not in step.plans:
+            ranges = step.single_ranges(sinks, self.window)
+            page = self.layout.pages.tokens
+            step.plans[key] = DecodePlan(*ranges, heads, self.group, page, step.single_table)
+        found: DecodePlan = step.plans[key]
+        return found
 
     def _piece(self, query_TQD: Tensor, blocks: Blocks, table_W: Tensor, piece: Piece) -> Tensor:
         from stillhouse.kernels.paged_attention.chunk_rows import chunk_of_rows, rows_of_chunk

@@ -10,7 +10,7 @@ Shape suffixes: R requests, T tokens of the step, W blocks of a request.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +52,8 @@ class Step:
     lengths: Sequence[int]
     table_RW: Tensor
     block: int
+    plans: dict[Any, Any] = field(default_factory=dict, compare=False)
+    """What layers that see the same tokens share, made by the first of them."""
     _sinks: dict[int, "SinkRows"] = field(default_factory=dict, compare=False)
     _ranges: dict[tuple[int, int], _Ranges] = field(default_factory=dict, compare=False)
 
@@ -75,6 +77,11 @@ class Step:
         """int32, the blocks of `singles`."""
         longest = max((self.lengths[r] for r in self.singles), default=0)
         return self.table_RW[self.singles, : max(-(-longest // self.block), 1)].contiguous()
+
+    @cached_property
+    def single_firsts(self) -> Tensor:
+        """int64, the first block of each of `singles`."""
+        return self.single_table[:, 0].long()
 
     def first_of(self, request: int) -> int:
         """The place of its first token in its sequence."""

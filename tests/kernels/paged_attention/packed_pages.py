@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.kernels.paged_attention import PageFormat, VectorFormat, write_vectors
+from stillhouse.kernels.paged_attention.cpu import RawTokens
 from stillhouse.kernels.turboquant import ChannelGroup
 
 MIXED_KEY = VectorFormat((ChannelGroup(16, 5), ChannelGroup(32, 3), ChannelGroup(8, 1)))
@@ -33,6 +34,14 @@ def vectors(
     packed = torch.randint(0, 256, shape, dtype=torch.uint8, generator=draw)
     scalars = torch.rand((heads, tokens), generator=draw) + 0.5
     return packed, (scalars * format.channels**0.5).half()
+
+
+def no_raw_tokens(batch: int, heads: int, group: int, dim: int = 16) -> RawTokens:
+    """Beside packed tokens none in 16 bits."""
+    none = torch.zeros((batch, heads, 0, dim), dtype=torch.float16)
+    return RawTokens(
+        torch.zeros((batch, heads, group, dim), dtype=torch.float32), ((none, none), (none, none))
+    )
 
 
 def filled(format: PageFormat, lengths: list[int], heads: int, group: int, seed: int = 0) -> Filled:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from stillhouse.kernels.paged_attention import (
     FP8,
@@ -19,17 +20,20 @@ from stillhouse.kernels.paged_attention import (
 )
 from stillhouse.kernels.paged_attention.cpu import PackedHalf
 from stillhouse.kernels.paged_attention.cpu_ir import emit
+from stillhouse.kernels.paged_attention.cpu_plan import DecodePlan
 from stillhouse.kernels.paged_attention.cpu_spec import SPLIT_TOKENS, DecodeSpec
 from stillhouse.kernels.paged_attention.reference import (
     attend_packed_reference,
     coded_vectors,
     softmax_sums,
 )
+from stillhouse.kernels.paged_attention.units import LOG2E
 from tests.kernels.paged_attention.packed_pages import (
     MIXED_KEY,
     MIXED_VALUE,
     Filled,
     filled,
+    no_raw_tokens,
     vectors,
 )
 
@@ -40,26 +44,49 @@ def pages_of(dim: int, key: int, value: int, tokens: int = 16) -> PageFormat:
     return PageFormat.of(VectorFormat.uniform(dim, key), VectorFormat.uniform(dim, value), tokens)
 
 
-def attend(format: PageFormat, made: Filled, ranges: list[tuple[int, int]], threads=1, **how):
-    found = cpu.decoder(format, made.query.shape[2], **how)
+def attend(
+    format: PageFormat,
+    made: Filled,
+    ranges: list[tuple[int, int]],
+    threads: int | None = 1,
+    softcap: float = 0.0,
+) -> Tensor:
+    found = cpu.decoder(format, made.query.shape[2], softcap)
+    return attend_by(found, made, ranges, threads)
+
+
+def attend_by(
+    decoder: cpu.PackedDecoder,
+    made: Filled,
+    ranges: list[tuple[int, int]],
+    threads: int | None = 1,
+) -> Tensor:
+    """Without tokens in 16 bits: the packed values' shares of the softmax."""
+    batch, heads, group, _ = made.query.shape
+    page = decoder.pages.tokens
+    plan = DecodePlan(ranges, [(0, 0, 0, 0)] * len(ranges), heads, group, page, made.table)
     halves = PackedHalf(made.keys), PackedHalf(made.values)
-    return found.attend(made.query, *halves, ranges, made.table, threads=threads)
+    raw = no_raw_tokens(batch, heads, group)
+    out, rest = decoder.attend(made.query * LOG2E, *halves, plan, raw, threads=threads)
+    assert not rest.any()
+    return out
 
 
 def assert_close(
     format: PageFormat, made: Filled, ranges: list[tuple[int, int]], softcap: float = 0.0
 ) -> None:
     found = attend(format, made, ranges, softcap=softcap)
-    expected = attend_packed_reference(
+    _, total, sums = attend_packed_reference(
         made.query, made.keys, made.values, format, made.table, ranges, softcap=softcap
     )
-    assert all(bool(part.isfinite().all()) for part in found)
-    torch.testing.assert_close(found[0].double(), expected[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found[1].double(), expected[1], rtol=1e-4, atol=0)
-    live = torch.tensor([last > first for first, last in ranges])
-    one, two = (part[2][live] / part[1][live][..., None] for part in (found, expected))
-    if one.numel():
-        assert float((one - two).norm() / two.norm()) < CLOSE
+    assert_shares(found, sums, total)
+
+
+def assert_shares(found: Tensor, sums: Tensor, total: Tensor) -> None:
+    expected = sums / total.clamp_min(1e-300)[..., None]
+    assert bool(found.isfinite().all())
+    assert not found[total[..., None].expand_as(sums) == 0].any()
+    assert float((found - expected).norm()) <= CLOSE * float(expected.norm())
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, FP8])
@@ -138,9 +165,10 @@ def test_records_of_any_length(
     query = torch.randn((batch, heads, group, format.key.format.channels), generator=draw) / 3
     offset = torch.randn((batch, heads, group), generator=draw)
     ranges = [(first, max(min(first + length, tokens), 16)) for first in firsts]
-    keys, values = halves
-    found = cpu.decoder(format, group, softcap).attend(
-        query, keys, values, ranges, offset_BHG=offset, threads=1
+    plan = DecodePlan(ranges, [(0, 0, 0, 0)] * batch, heads, group)
+    raw = no_raw_tokens(batch, heads, group)
+    found, _ = cpu.decoder(format, group, softcap).attend(
+        query * LOG2E, halves[0], halves[1], plan, raw, offset * LOG2E, threads=1
     )
     for b, (first, last) in enumerate(ranges):
         whole = [
@@ -149,9 +177,8 @@ def test_records_of_any_length(
             )[:, first:last]
             for half, part in zip(halves, (format.key, format.value), strict=True)
         ]
-        expected = softmax_sums(query[b], *whole, softcap=softcap, offset_HG=offset[b])
-        for one, two in zip((part[b].double() for part in found), expected, strict=True):
-            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+        _, total, sums = softmax_sums(query[b], *whole, softcap=softcap, offset_HG=offset[b])
+        assert_shares(found[b], sums, total)
 
 
 def test_records_that_do_not_fit_are_refused() -> None:
@@ -162,20 +189,47 @@ def test_records_that_do_not_fit_are_refused() -> None:
         for half in (format.key, format.value)
     )  # fmt: skip
     query = torch.zeros((1, 2, 1, 64))
+    plan, raw = DecodePlan([(0, 20)], [(0, 0, 0, 0)], 2, 1), no_raw_tokens(1, 2, 1)
     attend = cpu.decoder(format, 1).attend
     with pytest.raises(ValueError, match="1 ranges within 20 tokens"):
-        attend(query, keys, values, [(0, 21)])
+        attend(query, keys, values, DecodePlan([(0, 21)], [(0, 0, 0, 0)], 2, 1), raw)
     with pytest.raises(ValueError, match="end at 16 or later"):
-        attend(query, keys, values, [(0, 15)])
+        DecodePlan([(0, 15)], [(0, 0, 0, 0)], 2, 1)
     for shape in ((1, 2), (1, 2, 2), (2, 1)):
         with pytest.raises(ValueError, match=r"expected offsets \[1, 2, 1\]"):
-            attend(query, keys, values, [(0, 20)], offset_BHG=torch.zeros(shape))
+            attend(query, keys, values, plan, raw, torch.zeros(shape))
     with pytest.raises(ValueError, match="on the CPU, found one on meta"):
-        attend(query.to("meta"), keys, values, [(0, 20)])
+        attend(query.to("meta"), keys, values, plan, raw)
     with pytest.raises(ValueError, match="packed keys, uint8"):
-        attend(query, PackedHalf(keys.vectors), values, [(0, 20)])
+        attend(query, PackedHalf(keys.vectors), values, plan, raw)
     with pytest.raises(ValueError, match="packed values, uint8"):
-        attend(query, keys, PackedHalf(values.vectors[..., 1:], values.scalars), [(0, 20)])
+        attend(query, keys, PackedHalf(values.vectors[..., 1:], values.scalars), plan, raw)
+
+
+def test_a_plan_is_of_its_shape_and_pages() -> None:
+    format = pages_of(64, 4, 4)
+    made = filled(format, [20], heads=2, group=3)
+    halves, raw = (PackedHalf(made.keys), PackedHalf(made.values)), no_raw_tokens(1, 2, 3)
+    for heads, group, page in ((1, 3, 16), (2, 1, 16), (2, 3, 32)):
+        plan = DecodePlan([(0, 20)], [(0, 0, 0, 0)], heads, group, page, made.table)
+        with pytest.raises(ValueError, match=r"a plan for queries \[1, 2, 3\] and pages of 16"):
+            cpu.decoder(format, 3).attend(made.query, *halves, plan, raw)
+
+
+def test_layers_of_different_formats_share_a_plan() -> None:
+    """Its room and its counters serve one layer after another."""
+    formats = [pages_of(64, 4, 4), pages_of(64, 3, FP8), PageFormat.of(MIXED_KEY, MIXED_VALUE, 16)]
+    length = 2 * SPLIT_TOKENS + 5
+    layers = [filled(format, [length, 30], heads=2, group=2) for format in formats]
+    ranges, none = [(0, length), (3, 30)], [(0, 0, 0, 0)] * 2
+    plan = DecodePlan(ranges, none, 2, 2, 16, layers[0].table)
+    for format, made in 2 * list(zip(formats, layers, strict=True)):
+        assert torch.equal(made.table, layers[0].table)
+        halves = PackedHalf(made.keys), PackedHalf(made.values)
+        found, _ = cpu.decoder(format, 2).attend(
+            made.query * LOG2E, *halves, plan, no_raw_tokens(2, 2, 2), threads=2
+        )
+        assert torch.equal(found, attend(format, made, ranges))
 
 
 def test_splits_and_threads() -> None:
@@ -185,8 +239,7 @@ def test_splits_and_threads() -> None:
     ranges = [(3, length), (0, 5)]
     assert_close(format, made, ranges)
     calls = [attend(format, made, ranges, threads=threads) for threads in (1, 3)]
-    for one, two in zip(*calls, strict=True):
-        assert torch.equal(one, two)
+    assert torch.equal(*calls)
 
 
 def test_the_order_of_pages_changes_nothing() -> None:
@@ -198,8 +251,7 @@ def test_the_order_of_pages_changes_nothing() -> None:
     one = attend(format, made, [(0, 90)])
     table = order[made.table.long()].int()
     two = attend(format, Filled(keys, values, table, made.query), [(0, 90)])
-    for a, b in zip(one, two, strict=True):
-        assert torch.equal(a, b)
+    assert torch.equal(one, two)
 
 
 def test_large_scores_do_not_overflow_and_the_greatest_comes_last() -> None:
@@ -216,29 +268,24 @@ def test_a_scalar_that_is_no_number_shows() -> None:
     made.values[made.table[0, 0], 0, at : at + 2] = torch.tensor(
         [math.nan], dtype=torch.float16
     ).view(torch.uint8)
-    _, _, out = attend(format, made, [(0, 20)])
-    assert bool(out.isnan().all())
+    assert bool(attend(format, made, [(0, 20)]).isnan().all())
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("permute", ["avx2", ""])
 def test_tables_are_read_alike_on_other_processors(permute: str, bits: int) -> None:
     format = pages_of(64, bits, bits)
-    text = emit(DecodeSpec(format, 2, True, permute))
+    text = emit(DecodeSpec(format, 2, 64, True, permute))
     assert ("llvm.x86.avx2.permps" in text) == (permute == "avx2")
     assert "avx512" not in text
     if permute and not cpu_compile.processor().permute:
         pytest.skip("needs a processor with AVX2")
     made = filled(format, [37], heads=1, group=2)
-    keys, values = PackedHalf(made.keys), PackedHalf(made.values)
-    results = [
-        cpu.PackedDecoder(format, 2, permute=how).attend(
-            made.query, keys, values, [(0, 37)], made.table
-        )
+    one, two = (
+        attend_by(cpu.PackedDecoder(format, 2, permute=how), made, [(0, 37)])
         for how in (None, permute)
-    ]
-    for one, two in zip(*results, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
+    )
+    torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
 
 
 def test_buffers_ignore_the_default_dtype() -> None:
@@ -252,9 +299,8 @@ def test_buffers_ignore_the_default_dtype() -> None:
         found = attend(format, made, [(0, 40)])
     finally:
         torch.set_default_dtype(before)
-    for one, two in zip(found, expected, strict=True):
-        assert one.dtype == torch.float32
-        assert torch.equal(one, two)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -275,7 +321,7 @@ def test_what_does_not_fit_is_refused() -> None:
         (changed(values=made.values[:, :1]), span, "half pages of values, uint8"),
         (changed(table=made.table.long()), span, "expected an int32 table of 1 rows"),
         (made, [(0, 33)], "1 ranges within 32 tokens"),
-        (made, [(0, 5), (0, 5)], "1 ranges within 32 tokens"),
+        (made, [(0, 5), (0, 5)], "int32 table of 2 rows"),
         (changed(table=made.table + 2), span, "expected pages from 0 to 2, found"),
         (changed(table=made.table - 3), span, "expected pages from 0 to 2, found"),
     ):
@@ -302,8 +348,7 @@ def test_entries_of_a_table_that_no_range_uses_may_be_anything(
         unused = (place < first // tokens) | (place >= -(-last // tokens)) | (first >= last)
         table[row, unused] = torch.tensor([-1, 10_000, -(2**31)])[place[unused] % 3].int()
     found = attend(format, dataclasses.replace(made, table=table), ranges, threads=2)
-    for one, two in zip(found, attend(format, made, ends, threads=2), strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, attend(format, made, ends, threads=2), rtol=1e-5, atol=1e-5)
     for row, (first, last) in enumerate(ranges):
         if first < last:
             wrong = table.clone()
@@ -317,7 +362,7 @@ def test_a_batch_of_no_sequences_has_empty_results() -> None:
     made = filled(format, [20], heads=2, group=3)
     none = dataclasses.replace(made, query=made.query[:0], table=made.table[:0])
     found = attend(format, none, [], threads=2)
-    assert [list(part.shape) for part in found] == [[0, 2, 3], [0, 2, 3], [0, 2, 3, 64]]
+    assert list(found.shape) == [0, 2, 3, 64]
 
 
 def test_code_is_kept_and_a_damaged_file_is_made_again(
@@ -326,12 +371,12 @@ def test_code_is_kept_and_a_damaged_file_is_made_again(
     monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path))
     format = pages_of(16, 2, 2)
     made = filled(format, [20], heads=1, group=1)
-    spec = DecodeSpec(format, 1, False, cpu_compile.processor().permute)
+    spec = DecodeSpec(format, 1, 16, False, cpu_compile.processor().permute)
     outputs, written = [], []
     for damage in (False, True, False):
         cpu_compile.compiled.cache_clear()
         cpu.decoder.cache_clear()
-        outputs.append(attend(format, made, [(0, 20)])[2])
+        outputs.append(attend(format, made, [(0, 20)]))
         [file] = (tmp_path / "compiled").iterdir()
         written.append(file.read_bytes())
         if damage:

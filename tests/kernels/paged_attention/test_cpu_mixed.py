@@ -1,5 +1,6 @@
 """One softmax over packed tokens and tokens in 16 bits, and the threads that compute it."""
 
+import dataclasses
 import os
 
 import pytest
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from stillhouse.kernels.paged_attention import PageFormat, VectorFormat, cpu, cpu_threads
 from stillhouse.kernels.paged_attention.cpu import PackedHalf, RawTokens
+from stillhouse.kernels.paged_attention.cpu_plan import DecodePlan
 from stillhouse.kernels.paged_attention.reference import attend_packed_reference
 from stillhouse.kernels.paged_attention.units import LOG2E
-from tests.kernels.paged_attention.packed_pages import Filled, filled
+from tests.kernels.paged_attention.packed_pages import Filled, filled, no_raw_tokens
 
 HEADS, GROUP = 2, 3
 
@@ -26,7 +28,6 @@ def raw_tokens(
     counts: tuple[int, int],
     dim: int,
     dtypes: tuple[torch.dtype, torch.dtype],
-    ranges: list[tuple[int, int, int, int]],
 ) -> RawTokens:
     draw = torch.Generator().manual_seed(sum(counts))
     parts = []
@@ -36,18 +37,41 @@ def raw_tokens(
         parts.append((both[0].to(dtypes[0]), both[1].to(dtypes[1])))
     query = torch.randn((batch, HEADS, GROUP, dim), generator=draw) / dim**0.5
     mean = torch.randn((HEADS, dim), generator=draw)
-    return RawTokens(query * LOG2E, (parts[0], parts[1]), ranges, mean)
+    return RawTokens(query * LOG2E, (parts[0], parts[1]), mean)
+
+
+Seen = list[tuple[int, int, int, int]]
+
+
+def attend(
+    format: PageFormat,
+    made: Filled,
+    spans: list[tuple[int, int]],
+    raw: RawTokens,
+    seen: Seen,
+    softcap: float = 0.0,
+    threads: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    plan = DecodePlan(spans, seen, HEADS, GROUP, format.tokens, made.table)
+    halves = PackedHalf(made.keys), PackedHalf(made.values)
+    decoder = cpu.decoder(format, GROUP, softcap)
+    return decoder.attend(made.query * LOG2E, *halves, plan, raw, threads=threads)
 
 
 def expected_shares(
-    format: PageFormat, made: Filled, spans: list[tuple[int, int]], raw: RawTokens, softcap: float
+    format: PageFormat,
+    made: Filled,
+    spans: list[tuple[int, int]],
+    raw: RawTokens,
+    seen: Seen,
+    softcap: float,
 ) -> tuple[Tensor, Tensor]:
     """In float64, by merging what the reference sums."""
     m, total, out = attend_packed_reference(
         made.query, made.keys, made.values, format, made.table, spans, softcap=softcap
     )
     coded, plain = torch.empty_like(out), torch.empty_like(raw.query_BHGD, dtype=torch.float64)
-    for b, ends in enumerate(raw.ranges):
+    for b, ends in enumerate(seen):
         keys, values = (
             torch.cat(
                 [raw.parts[i][kind][b, :, ends[2 * i] : ends[2 * i + 1]].double() for i in (0, 1)],
@@ -87,12 +111,9 @@ def test_one_softmax(
     format, spans = pages_of(dim), [(min(pair), max(pair)) for pair in ends]
     made = filled(format, [last for _, last in spans], HEADS, GROUP, seed=dim)
     seen = [(b % counts[0], counts[0], min(b, counts[1]), counts[1]) for b in range(len(spans))]
-    raw = raw_tokens(len(spans), counts, dim, (key_dtype, value_dtype), seen)
-    found = cpu.decoder(format, GROUP, softcap).attend_with(
-        made.query * LOG2E, PackedHalf(made.keys), PackedHalf(made.values), spans, raw,
-        made.table, threads=threads,
-    )  # fmt: skip
-    expected = expected_shares(format, made, spans, raw, softcap)
+    raw = raw_tokens(len(spans), counts, dim, (key_dtype, value_dtype))
+    found = attend(format, made, spans, raw, seen, softcap, threads)
+    expected = expected_shares(format, made, spans, raw, seen, softcap)
     one, two = (torch.cat([part.double() for part in parts], -1) for parts in (found, expected))
     assert bool(one.isfinite().all())
     assert float((one - two).norm() / two.norm()) < 1e-5
@@ -104,10 +125,7 @@ def test_a_sequence_that_sees_no_token_gets_zeros(softcap: float) -> None:
     made = filled(format, [20, 20, 20, 20], HEADS, GROUP)
     kinds = (torch.float16, torch.float16)
     seen = [(0, 0, 0, 0), (2, 2, 3, 3), (0, 0, 0, 0), (0, 1, 0, 0)]
-    raw = raw_tokens(4, (2, 3), 64, kinds, seen)
-    found = cpu.decoder(format, GROUP, softcap).attend_with(
-        made.query * LOG2E, PackedHalf(made.keys), PackedHalf(made.values), spans, raw, made.table
-    )
+    found = attend(format, made, spans, raw_tokens(4, (2, 3), 64, kinds), seen, softcap)
     for part in found:
         assert not part[:2].any()
         assert bool(part.isfinite().all())
@@ -119,49 +137,42 @@ def test_raw_tokens_that_do_not_fit_are_refused() -> None:
     format = pages_of(16)
     made = filled(format, [20], HEADS, GROUP)
     kinds = (torch.float16, torch.float16)
-    good = raw_tokens(1, (2, 3), 16, kinds, [(0, 2, 0, 3)])
-
-    def attend(raw: RawTokens, threads: int | None = None) -> None:
-        halves = PackedHalf(made.keys), PackedHalf(made.values)
-        cpu.decoder(format, GROUP).attend_with(
-            made.query, *halves, [(0, 20)], raw, made.table, threads=threads
-        )
-
-    attend(good)
-    narrow = raw_tokens(1, (2, 3), 8, kinds, [(0, 2, 0, 3)])
+    good, seen, spans = raw_tokens(1, (2, 3), 16, kinds), [(0, 2, 0, 3)], [(0, 20)]
+    attend(format, made, spans, good, seen)
     (keys, values), recent = good.parts
     for raw, words in (
-        (narrow, "queries .* of 16 channels or more"),
+        (raw_tokens(1, (2, 3), 8, kinds), "queries .* of 16 channels or more"),
         (good._replace(query_BHGD=good.query_BHGD.double()), "expected float32 queries"),
         (good._replace(mean_HD=good.query_BHGD[0, 0]), r"expected float32 means \[2, 16\]"),
         (good._replace(parts=((keys.float(), values), recent)), "keys and values in 16 bits"),
         (good._replace(parts=((keys, values[:, :, 1:]), recent)), "keys and values in 16 bits"),
-        (good._replace(ranges=[(0, 3, 0, 3)]), r"ranges within \[2, 3\] tokens"),
-        (good._replace(ranges=[(-1, 2, 0, 3)]), r"ranges within \[2, 3\] tokens"),
-        (good._replace(ranges=[]), "ranges of 1 sequences, found 0"),
+        (good._replace(parts=((keys, values), (keys, values.to("meta")))), "on meta"),
     ):
         with pytest.raises(ValueError, match=words):
-            attend(raw)
+            attend(format, made, spans, raw, seen)
+    for wrong, words in (
+        ([(0, 3, 0, 3)], r"raw ranges within \[2, 3\] tokens"),
+        ([(-1, 2, 0, 3)], "raw ranges from 0 on"),
+        ([], "raw ranges of 1 sequences, found 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            attend(format, made, spans, good, wrong)
     with pytest.raises(ValueError, match="threads of 1 or more, found -1"):
-        attend(good, threads=-1)
+        attend(format, made, spans, good, seen, threads=-1)
 
 
 def test_a_batch_of_no_sequences_has_empty_results() -> None:
     format = pages_of(16)
     made = filled(format, [20], HEADS, GROUP)
-    raw = raw_tokens(0, (2, 3), 16, (torch.float16, torch.float16), [])
-    out, plain = cpu.decoder(format, GROUP).attend_with(
-        made.query[:0], PackedHalf(made.keys), PackedHalf(made.values), [], raw, made.table[:0]
-    )
+    raw = raw_tokens(0, (2, 3), 16, (torch.float16, torch.float16))
+    none = dataclasses.replace(made, query=made.query[:0], table=made.table[:0])
+    out, plain = attend(format, none, [], raw, [])
     assert (list(out.shape), list(plain.shape)) == ([0, HEADS, GROUP, 16], [0, HEADS, GROUP, 16])
 
 
 def attended(format: PageFormat, made: Filled, threads: int) -> Tensor:
-    halves = PackedHalf(made.keys), PackedHalf(made.values)
-    spans = [(0, 1200)]
-    return cpu.decoder(format, GROUP).attend(
-        made.query, *halves, spans, made.table, threads=threads
-    )[2]
+    none = no_raw_tokens(1, HEADS, GROUP)
+    return attend(format, made, [(0, 1200)], none, [(0, 0, 0, 0)], threads=threads)[0]
 
 
 def test_a_pool_does_what_a_team_does(monkeypatch: pytest.MonkeyPatch) -> None:
