@@ -192,6 +192,12 @@ def compared(rows: list[Row]) -> list[Row]:
 
 def head(asked: argparse.Namespace) -> dict[str, Any]:
     """What was run on what."""
+    names = ("model", "input", "output", "pool_mib", "dtype", "concurrency")
+    return machine() | {name: getattr(asked, name) for name in names}
+
+
+def machine() -> dict[str, Any]:
+    """When, where, with which versions."""
     import torch
 
     cpu = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
@@ -202,10 +208,6 @@ def head(asked: argparse.Namespace) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "device": device,
         "versions": {"torch": torch.__version__, "vllm": _vllm_version()},
-        **{
-            name: getattr(asked, name)
-            for name in ("model", "input", "output", "pool_mib", "dtype", "concurrency")
-        },
     }
 
 

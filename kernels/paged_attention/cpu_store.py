@@ -8,12 +8,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from stillhouse.kernels.paged_attention.cpu_calls import run_calls
 from stillhouse.kernels.paged_attention.pages import FP8, HalfPage, write_vectors
 from stillhouse.kernels.turboquant import FittedCodec, Fp8Codec, MseCodec
 from stillhouse.kernels.turboquant.codec import NotFiniteError
-from stillhouse.kernels.turboquant.cpu_codec import RowPlaces
+from stillhouse.kernels.turboquant.cpu_codec import STORE_ROWS, RowPlaces
 from stillhouse.kernels.turboquant.inputs import require_vectors
 
+_LEAST = 8  # tokens that are worth a thread
 PagedCodec = MseCodec | FittedCodec | Fp8Codec
 
 
@@ -37,7 +39,9 @@ def store_vectors(
     page, head, _ = pages_NHY.stride()
     count, heads, size = pages_NHY.shape
     places = _places(half, page, head, (count - 1) * page + (heads - 1) * head + size)
-    lost = codec.cpu_tables.store(x_THD, slots_T, places, pages_NHY.data_ptr())
+    step = max(-(-len(x_THD) // torch.get_num_threads()), _LEAST)
+    calls, kept = codec.cpu_tables.store_calls(x_THD, slots_T, places, pages_NHY.data_ptr(), step)
+    lost = run_calls(STORE_ROWS, calls, kept) if calls else 0
     if lost:
         raise NotFiniteError(
             f"expected finite vectors with a norm that float16 holds (65,504), found {lost} of "

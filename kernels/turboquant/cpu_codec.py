@@ -34,9 +34,7 @@ _POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
 _ENCODE = ctypes.CFUNCTYPE(_LONG, _POINTER, _LONG, _LONG, *[_POINTER] * 9)(
     cpu_kernels.encode_rows.address
 )
-_STORE = ctypes.CFUNCTYPE(
-    _LONG, _POINTER, _LONG, _LONG, _POINTER, *[_POINTER] * 7, *[_POINTER] * 3
-)(cpu_kernels.store_rows.address)
+STORE_ROWS: int = cpu_kernels.store_rows.address  # see `CpuTables.store_calls`
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,23 +134,29 @@ class CpuTables:
             packed.require_finite()
         return packed
 
-    def store(self, x_THD: Tensor, slots_T: Tensor, places: RowPlaces, address: int) -> int:
-        """Encode tokens and write them at their slots, page · tokens + place; -1 is skipped.
+    def store_calls(
+        self, x_THD: Tensor, slots_T: Tensor, places: RowPlaces, address: int, step: int
+    ) -> tuple[list[tuple[int, ...]], object]:
+        """Arguments of `STORE_ROWS` for `step` tokens each, and what they point to.
 
-        x_THD: CPU vectors of any float dtype. slots_T: int64. address: of the first page. Returns
-        how many float16 cannot hold: they are not written.
+        Encodes tokens and writes them at their slots, page · tokens + place; -1 is skipped. x_THD:
+        CPU vectors of any float dtype. slots_T: int64. address: of the first page. Its results add
+        up to how many float16 cannot hold: they are not written.
         """
-        x_THD = x_THD.detach().float().contiguous()
-        slots_T = slots_T.contiguous()
+        x_THD, slots_T = x_THD.detach().float().contiguous(), slots_T.contiguous()
         numbers = (places.page, places.head, places.tokens, places.scalars)
         ends = (_LONG * 6)(*numbers, len(places.planes), places.total)
         flat = [number for plane in places.planes for number in plane]
         planes = (_LONG * len(flat))(*flat)
-        lost: int = _STORE(
-            x_THD.data_ptr(), *x_THD.shape[:2], slots_T.data_ptr(), *self.pointers,
-            ctypes.addressof(ends), ctypes.addressof(planes), address,
-        )  # fmt: skip
-        return lost
+        count, heads, dim = x_THD.shape
+        tables = [pointer.value for pointer in self.pointers]
+        last = (*tables, ctypes.addressof(ends), ctypes.addressof(planes), address)
+        x, slots = x_THD.data_ptr(), slots_T.data_ptr()
+        calls = [
+            (x + 4 * at * heads * dim, min(step, count - at), heads, slots + 8 * at, *last)
+            for at in range(0, count, step)
+        ]
+        return calls, (x_THD, slots_T, ends, planes)
 
     def decode(self, indices_P: Tensor, scale: Tensor) -> Tensor:
         """float32 [..., C]: centroids of packed rows [..., P], each times its row's scale [...]."""

@@ -1,6 +1,7 @@
 """What is stored into pages in one pass is what encoding and writing in two makes."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -43,7 +44,7 @@ def test_bytes_are_those_of_encoding_and_writing(
 ) -> None:
     codec, format = codec_of(name)
     half = HalfPage(format, tokens)
-    slots = data.draw(st.lists(st.integers(0, 3 * tokens - 1), max_size=12, unique=True))
+    slots = data.draw(st.lists(st.integers(0, 3 * tokens - 1), max_size=40, unique=True))
     skipped = data.draw(st.sets(st.integers(0, max(len(slots) - 1, 0))))
     at = torch.tensor([-1 if i in skipped else slot for i, slot in enumerate(slots)]).long()
     draw = torch.Generator().manual_seed(len(slots))
@@ -70,6 +71,28 @@ def test_a_vector_that_is_no_number_leaves_its_slot_as_it_was() -> None:
         store_vectors(codec, x, pages, half, torch.tensor([3, 4]))
     assert not pages[0, 1, half.scalars + 6 : half.scalars + 8].any()
     assert bool(pages[0, 1, half.scalars + 8 : half.scalars + 10].any())
+
+
+@pytest.fixture(params=[2, 5])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_threads_share_a_prompt_and_what_is_lost_adds_up(threads: int) -> None:
+    codec, format = codec_of("fitted")
+    half, count = HalfPage(format, 64), 150
+    one, two = half.empty(3, HEADS), half.empty(3, HEADS)
+    x, slots = torch.randn(count, HEADS, DIM), torch.randperm(3 * 64)[:count]
+    x[::30, 1, 5] = math.inf
+    with pytest.raises(NotFiniteError, match="found 5 of 450"):
+        store_vectors(codec, x, one, half, slots)
+    torch.set_num_threads(1)
+    with pytest.raises(NotFiniteError, match="found 5 of 450"):
+        store_vectors(codec, x, two, half, slots)
+    assert torch.equal(one, two)
 
 
 def test_what_does_not_fit_is_refused() -> None:
