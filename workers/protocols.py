@@ -194,6 +194,9 @@ class CalibrateJob:
     folder: Path
 
 
+MANIFEST = "stillhouse.json"  # beside exported weights
+
+
 @dataclass(frozen=True, slots=True)
 class ExportJob:
     """Merge the adapter into the model and write it as safetensors with its tokenizer.
@@ -204,7 +207,7 @@ class ExportJob:
     model: ModelSpec
     folder: Path
     dtype: str
-    manifest: dict[str, object]  # written as stillhouse.json beside the weights
+    manifest: dict[str, object]  # written as `MANIFEST`
     cache_plan: Path | None = None
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 from stillhouse.storage.integrity import sha256_of
 from stillhouse.workers.folders import atomic_folder, write_json
 from stillhouse.workers.protocols import (
+    MANIFEST,
     CacheBytes,
     CacheMeasure,
     CacheSpec,
@@ -114,7 +115,7 @@ class ScriptedWorkers:
         with atomic_folder(job.folder, seal=False) as folder:
             write_json(folder / "config.json", {"model": job.model.ref, "dtype": job.dtype})
             files = {"config.json": sha256_of(folder / "config.json")}
-            write_json(folder / "stillhouse.json", {**job.manifest, "files": files})
+            write_json(folder / MANIFEST, {**job.manifest, "files": files})
         return tuple(sorted(path for path in job.folder.iterdir()))
 
     @contextmanager

@@ -22,6 +22,7 @@ import requests
 import torch
 
 from stillhouse.errors import ConfigError, ModelError
+from stillhouse.workers.serving.intact import require_intact
 from stillhouse.workers.serving.served_cache import HALF, ServedCache
 
 BLOCK = 128  # tokens
@@ -117,6 +118,7 @@ def require_startable(job: ServeJob) -> None:
         )
     _require_context(job)
     _require_free(job.host, job.port)
+    require_intact(job.folder)
     if job.cache.format != HALF:
         _ = job.cache.scheme  # a plan that cannot be read is said now
         _require_same_layers(job)
