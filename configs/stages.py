@@ -78,10 +78,18 @@ class ExpandConfig(Config):
 
 
 class CurateConfig(Config):
-    """What leaves the corpus: duplicates, degenerate answers, overlap with the evaluation."""
+    """What leaves the corpus: duplicates, degenerate answers, overlap with the evaluation.
+
+    `evaluation_overlap`: a prompt goes whose words have this ROUGE-L (Lin 2004, F-measure) with an
+    evaluation question's, or more. 0.7 is usual for free text (Self-Instruct, arXiv:2212.10560,
+    §2.2); texts of one template reach it with other facts in them. None: near-duplicates alone.
+    """
 
     near_duplicate: float = Field(0.9, gt=0, le=1)  # Jaccard of word 5-grams by MinHash
+    evaluation_overlap: float | None = Field(0.9, gt=0, le=1)
     min_answer_tokens: int = Field(1, ge=1)
+    max_repetition: float = Field(0.5, gt=0, le=1)  # share of an answer's token 4-grams seen before
+    personal_data: Literal["flag", "reject"] = "flag"  # e-mail addresses, phone numbers and such
     permutations: int = Field(64, ge=16)
 
 

@@ -7,6 +7,7 @@ band are candidates and their exact Jaccard index decides (Broder 1997; Leskovec
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from stillhouse.pipelines.evaluation_overlap import Questions
 from stillhouse.storage.records import SketchRecord
 
 if TYPE_CHECKING:
@@ -25,17 +26,23 @@ def shingles(text: str) -> list[str]:
     return list(dict.fromkeys(grams))
 
 
-def sketch(kind: str, texts: Sequence[tuple[str, str]], permutations: int) -> list[SketchRecord]:
-    """Sketch (id, text) pairs."""
+def sketch(
+    kind: str,
+    texts: Sequence[tuple[str, str]],
+    permutations: int,
+    questions: Questions | None = None,
+) -> list[SketchRecord]:
+    """Sketch (id, text) pairs. questions: to say which one each is most like."""
     from datasketch import MinHash
 
     grams = [shingles(text) for _, text in texts]
     hashed = MinHash.bulk(
         [[gram.encode() for gram in found] for found in grams], num_perm=permutations, seed=1
     )
+    nearest = [questions.nearest(text) if questions else (None, None) for _, text in texts]
     return [
-        SketchRecord(text_id, kind, _bands(minhash), sorted(_hash64(gram) for gram in found))
-        for (text_id, _), found, minhash in zip(texts, grams, hashed, strict=True)
+        SketchRecord(text_id, kind, _bands(minhash), sorted(_hash64(gram) for gram in found), *near)
+        for (text_id, _), found, minhash, near in zip(texts, grams, hashed, nearest, strict=True)
     ]
 
 

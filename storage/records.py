@@ -132,6 +132,8 @@ class SketchRecord(Record):
     kind: str  # "candidate" or "question"
     bands: list[int]  # equal entries at one place make two texts candidates
     shingles: list[int]  # hashes of its word n-grams: the exact Jaccard index is taken from these
+    question_id: str | None  # of the evaluation question that a candidate is most like
+    rouge_l: float | None  # with that question: F-measure of their longest common subsequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +147,7 @@ class CorpusRecord(Record):
     prompt: str  # rendered
     response: str
     split: Split
+    personal_data: list[str]  # kinds of it that prompt or response look to have
     status: Status
     reason: str | None
 

@@ -3,7 +3,8 @@
     str, Literal      string            list[int]     list<int64>
     int               int64             list[float]   list<float32> (per-token log-probabilities)
     float             float64           X | None      X, nullable
-    bool              bool              anything else is refused
+    bool              bool              list[str]     list<string>
+    anything else is refused
 
 Scalars are float64 so that sums stay exact enough to compare; per-token lists are float32, which
 halves the largest columns and is what a model computes in.
@@ -24,6 +25,7 @@ _ARROW: dict[Any, pa.DataType] = {
     float: pa.float64(),
     bool: pa.bool_(),
     list[int]: pa.list_(pa.field("item", pa.int64(), nullable=False)),
+    list[str]: pa.list_(pa.field("item", pa.string(), nullable=False)),
     list[float]: pa.list_(pa.field("item", pa.float32(), nullable=False)),
 }
 

@@ -15,6 +15,7 @@ _TYPES = {
     "bool": "BOOLEAN",
     "list<item: int64 not null>": "BIGINT[]",
     "list<item: float not null>": "FLOAT[]",
+    "list<item: string not null>": "VARCHAR[]",
 }
 
 Files = dict[str, dict[str, list[str]]]  # table -> stage -> absolute paths

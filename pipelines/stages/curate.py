@@ -3,12 +3,15 @@
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
+from stillhouse.pipelines.evaluation_overlap import Questions
+from stillhouse.pipelines.flaws import flaw_of
 from stillhouse.pipelines.near_duplicates import sketch
+from stillhouse.pipelines.personal_data import personal_data
 from stillhouse.pipelines.stage import Outcome, Part, Stage, Task
 from stillhouse.pipelines.stage_run import StageRun
 from stillhouse.pipelines.text import chunked, render
 from stillhouse.storage.manifest import Counts
-from stillhouse.storage.records import CorpusRecord, content_id
+from stillhouse.storage.records import CorpusRecord, Split, content_id
 
 CANDIDATES = """
 SELECT prompts.text AS text, prompt_id FROM selections JOIN prompts USING (prompt_id)
@@ -16,14 +19,16 @@ WHERE selections.status = 'kept' AND prompts.status = 'kept' ORDER BY selections
 """
 QUESTIONS = "SELECT text, question_id FROM questions WHERE status = 'kept' ORDER BY question_id"
 
-# A text goes when an earlier one (by round, then id) is its near-duplicate, or when a question is.
+# A text goes when an earlier one (by round, then id) is its near-duplicate, or when a question is,
+# or has as much of it.
 CORPUS = """
 WITH candidates AS (
     SELECT prompts.*, completions.completion_id, completions.text AS answer,
-        len(scores.token_ids) AS answer_tokens,
+        scores.token_ids AS token_ids, rouge_l,
         row_number() OVER (ORDER BY prompts.round, prompt_id) AS place
     FROM selections JOIN prompts USING (prompt_id)
     JOIN completions USING (completion_id) JOIN scores USING (completion_id)
+    JOIN sketches ON sketches.text_id = prompts.prompt_id
     WHERE selections.status = 'kept' AND prompts.status = 'kept'
 ), banded AS (SELECT text_id, kind, unnest(bands) AS band FROM sketches
 ), pairs AS (
@@ -42,9 +47,9 @@ WITH candidates AS (
     FROM near JOIN candidates own ON own.prompt_id = near.text_id
     LEFT JOIN candidates earlier ON earlier.prompt_id = near.other_id GROUP BY near.text_id
 )
-SELECT prompt_id, completion_id, rendered, answer, split,
-    CASE WHEN leak THEN 'overlaps_evaluation' WHEN duplicate THEN 'near_duplicate'
-         WHEN answer_tokens < $tokens THEN 'degenerate' END AS reason
+SELECT prompt_id, completion_id, text, rendered, answer, split, token_ids,
+    CASE WHEN leak OR rouge_l >= $overlap THEN 'overlaps_evaluation'
+         WHEN duplicate THEN 'near_duplicate' END AS reason
 FROM candidates LEFT JOIN objections ON objections.text_id = candidates.prompt_id ORDER BY place
 """
 
@@ -62,7 +67,9 @@ class CurateStage(Stage):
     def work(self, task: Task, run: StageRun) -> Iterator[Part]:
         match task.name:
             case "candidates":
-                yield from _sketches(run, "candidate", CANDIDATES)
+                with run.catalog() as catalog:
+                    asked = [(name, text) for text, name in catalog.rows(QUESTIONS)]
+                yield from _sketches(run, "candidate", CANDIDATES, Questions.of(asked))
             case "questions":
                 yield from _sketches(run, "question", QUESTIONS)
             case _:
@@ -76,38 +83,68 @@ class CurateStage(Stage):
             rows = catalog.rows(
                 "SELECT coalesce(reason, split), count(*) FROM corpus GROUP BY ALL ORDER BY ALL"
             )
-        return Outcome(facts={"rows": dict(rows)})
+            personal = catalog.rows(
+                "SELECT kind, count(*) FROM (SELECT unnest(personal_data) AS kind FROM corpus "
+                "WHERE status = 'kept') GROUP BY ALL ORDER BY ALL"
+            )
+            [(like,)] = catalog.rows(
+                "SELECT count(*) FILTER (rouge_l >= 0.7) FROM sketches WHERE kind = 'candidate'"
+            )
+        # TiTok's and Self-Instruct's bound beside the recipe's own, so that a report shows both.
+        overlap = {"rouge_l_of_0.7_or_more": like}
+        return Outcome(facts={"rows": dict(rows), "personal_data": dict(personal), **overlap})
 
 
-def _sketches(run: StageRun, kind: str, sql: str) -> Iterator[Part]:
+def _sketches(
+    run: StageRun, kind: str, sql: str, questions: Questions | None = None
+) -> Iterator[Part]:
     permutations = run.recipe.curate.permutations
     with run.catalog() as catalog:
-        rows = catalog.stream(sql)
-        for part, chunk in enumerate(chunked(rows, run.recipe.data.shard_rows)):
+        for part, chunk in enumerate(chunked(catalog.stream(sql), run.recipe.data.shard_rows)):
             texts = [(text_id, text) for text, text_id in chunk]
-            yield Part({"sketches": sketch(kind, texts, permutations)}, Counts(), part=part)
+            rows = sketch(kind, texts, permutations, questions)
+            yield Part({"sketches": rows}, Counts(), part=part)
 
 
 def _corpus(run: StageRun) -> Iterator[Part]:
     config = run.recipe.curate
-    parameters = {"near": config.near_duplicate, "tokens": config.min_answer_tokens}
-    template = run.recipe.data.template.response
+    none = 2.0  # above every ROUGE-L
+    parameters = {"near": config.near_duplicate, "overlap": config.evaluation_overlap or none}
     with run.catalog() as catalog:
         rows = catalog.stream(CORPUS, parameters)
         for part, chunk in enumerate(chunked(rows, run.recipe.data.shard_rows)):
-            corpus = [
-                CorpusRecord(
-                    example_id=content_id("example", prompt_id, completion_id),
-                    prompt_id=prompt_id,
-                    completion_id=completion_id,
-                    prompt=rendered,
-                    response=render(template, answer),
-                    split=split,
-                    status="kept" if reason is None else "rejected",
-                    reason=reason,
-                )
-                for prompt_id, completion_id, rendered, answer, split, reason in chunk
-            ]
+            corpus = [_example(run, *row) for row in chunk]
             kept = sum(row.status == "kept" for row in corpus)
             counts = Counts(rows_in=len(corpus), kept=kept, rejected=len(corpus) - kept)
             yield Part({"corpus": corpus}, counts, part=part)
+
+
+def _example(
+    run: StageRun,
+    prompt_id: str,
+    completion_id: str,
+    text: str,
+    rendered: str,
+    answer: str,
+    split: Split,
+    token_ids: Sequence[int],
+    reason: str | None,
+) -> CorpusRecord:
+    config = run.recipe.curate
+    personal = personal_data(f"{text}\n{answer}")
+    reason = reason or flaw_of(
+        text, answer, token_ids, config.min_answer_tokens, config.max_repetition
+    )
+    if reason is None and personal and config.personal_data == "reject":
+        reason = "personal_data"
+    return CorpusRecord(
+        example_id=content_id("example", prompt_id, completion_id),
+        prompt_id=prompt_id,
+        completion_id=completion_id,
+        prompt=rendered,
+        response=render(run.recipe.data.template.response, answer),
+        split=split,
+        personal_data=personal,
+        status="kept" if reason is None else "rejected",
+        reason=reason,
+    )

@@ -64,10 +64,44 @@ def test_a_near_question_is_a_leak(asked: Line) -> None:
     assert corpus(asked) == {NEAR: "overlaps_evaluation", FAR: None}
 
 
+HALF = " ".join([*WORDS[:15], *(f"x{number}" for number in range(15))])  # of LONG's words
+
+
+@pytest.mark.parametrize(("overlap", "leaves"), [(0.5, True), (0.51, False), (None, False)])
+def test_a_prompt_with_as_much_of_a_question_is_a_leak(
+    asked: Line, overlap: float | None, leaves: bool
+) -> None:
+    asked.questions(**{LONG: "A"})
+    asked.tree["curate"] = {"evaluation_overlap": overlap}
+    asked.pool(HALF)
+    assert corpus(asked) == {HALF: "overlaps_evaluation" if leaves else None}
+    assert asked.entry("curate").facts["rouge_l_of_0.7_or_more"] == 0
+    [(question, found)] = asked.rows(
+        "SELECT questions.text, rouge_l FROM sketches JOIN questions USING (question_id) "
+        "WHERE kind = 'candidate' AND questions.status = 'kept'"
+    )
+    assert (question, found) == (LONG, pytest.approx(0.5))
+
+
+@pytest.mark.parametrize("wanted", ["flag", "reject"])
+def test_personal_data_is_counted_and_leaves_when_asked(asked: Line, wanted: str) -> None:
+    asked.tree["curate"] = {"personal_data": wanted}
+    asked.pool("the letter to ada@example.org", "something else")
+    found = corpus(asked)
+    rejected = wanted == "reject"
+    assert found["the letter to ada@example.org"] == ("personal_data" if rejected else None)
+    assert asked.rows("SELECT personal_data FROM corpus ORDER BY len(personal_data)") == [
+        ([],),
+        (["email"],),
+    ]
+    facts = asked.entry("curate").facts
+    assert facts["personal_data"] == ({} if rejected else {"email": 1})
+
+
 def test_short_answers_are_degenerate(asked: Line) -> None:
     asked.tree["curate"] = {"min_answer_tokens": 2}  # the scripted answers have one word
     asked.pool("one", "two words")
-    assert set(corpus(asked).values()) == {"degenerate"}
+    assert set(corpus(asked).values()) == {"short_answer"}
 
 
 def test_what_selection_rejected_is_no_candidate(asked: Line) -> None:

@@ -65,7 +65,7 @@ def manifest(folder: RunFolder) -> Manifest:
     put("expand", "x1", "0", prompts=[prompt("p3", "p1")], completions=[completion("p3")],
         scores=[score("p3", 1.0)],
         selections=[SelectionRecord("c-p3", "p3", 1, 1.0, -0.7, "kept", None)])  # fmt: skip
-    corpus = CorpusRecord("x3", "p3", "c-p3", "rendered", "A00", "train", "kept", None)
+    corpus = CorpusRecord("x3", "p3", "c-p3", "rendered", "A00", "train", [], "kept", None)
     put("curate", "c1", "0", corpus=[corpus])
     put("distill", "d1", "0", examples=[ExampleRecord("distill", "x3", 12, "kept", None)])
     asked = EvaluationRecord("student", "q1", "A01", "A01", True, -0.1, 3, "kept", None)

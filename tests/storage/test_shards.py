@@ -61,8 +61,8 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
         return st.sampled_from(get_args(hint))
     if get_origin(hint) is list:
         item = get_args(hint)[0]
-        single = st.floats(width=32, allow_nan=False)
-        return st.lists(st.integers(-(2**63), 2**63 - 1) if item is int else single, max_size=4)
+        narrow = st.floats(width=32, allow_nan=False)
+        return st.lists(narrow if item is float else values_of(item), max_size=4)
     if hint is str:
         return st.text(max_size=8)
     if hint is int:
