@@ -26,6 +26,7 @@ from stillhouse.storage.layout import RunFolder
 from stillhouse.storage.manifest import FileEntry, Manifest, StageEntry
 from stillhouse.storage.tracking.database import default_uri
 from stillhouse.storage.tracking.tracker import Tracker
+from stillhouse.workers.models.model_folder import MANIFEST
 
 
 def run_tracked(
@@ -196,14 +197,20 @@ class TrackingObserver(Observer):
         facts = entry.facts
         if facts["refused"]:
             return
-        tags = {"stillhouse.key.deploy": entry.key, "stillhouse.run": self._recipe.name}
-        name = facts["name"]
+        [manifest] = [file for file in entry.files if Path(file.path).name == MANIFEST]
+        tags = {
+            "stillhouse.key.deploy": entry.key,
+            "stillhouse.run": self._recipe.name,
+            "stillhouse.manifest": manifest.sha256,  # from a folder to its version and its run
+        }
+        name, evaluate = facts["name"], self._recipe.evaluate
         self._log.emit(
             "model",
             entry.stage,
             path=facts["model"],  # relative to the run folder, as the files in the manifest
             name=name,
             task="text-generation",
+            decoding={"max_new_tokens": evaluate.max_new_tokens, "stop": list(evaluate.stop)},
             tags=tags,
             digest=_digest(entry.files),
         )

@@ -13,7 +13,8 @@ from stillhouse.workers.cache import PLAN_FOLDER, CachePlan
 from stillhouse.workers.folders import atomic_folder, write_json
 from stillhouse.workers.folding import fold_values
 from stillhouse.workers.models.language_model import LanguageModel
-from stillhouse.workers.protocols import MANIFEST, ExportJob
+from stillhouse.workers.models.model_folder import MANIFEST
+from stillhouse.workers.protocols import ExportJob
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -5,11 +5,10 @@ another frees the former, so stages that use one model after the other fit a sma
 """
 
 import gc
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stillhouse.workers.cache_quality.job import Progress, QualityJob
 from stillhouse.workers.cache_quality.report import QualityReport
@@ -242,17 +241,10 @@ class _LoadedModels:
     def _prepared_device(self) -> str:
         """Set the process up for torch once; the device to load on."""
         if self._device is None:
-            import torch
+            from stillhouse.workers.device import prepare_device
 
             _silence_progress_bars()
-            self._device = "cuda" if torch.cuda.is_available() else "cpu"
-            if self._threads or "OMP_NUM_THREADS" not in os.environ:
-                torch.set_num_threads(self._threads or len(os.sched_getaffinity(0)))
-            if self._device == "cpu":
-                torch.use_deterministic_algorithms(True)
-                # Filling every fresh tensor with NaN finds bugs and costs a pass over memory.
-                deterministic: Any = torch.utils.deterministic  # its types miss the attribute
-                deterministic.fill_uninitialized_memory = False
+            self._device = prepare_device(self._threads)
         return self._device
 
 

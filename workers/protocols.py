@@ -194,9 +194,6 @@ class CalibrateJob:
     folder: Path
 
 
-MANIFEST = "stillhouse.json"  # beside exported weights
-
-
 @dataclass(frozen=True, slots=True)
 class ExportJob:
     """Merge the adapter into the model and write it as safetensors with its tokenizer.
@@ -207,7 +204,7 @@ class ExportJob:
     model: ModelSpec
     folder: Path
     dtype: str
-    manifest: dict[str, object]  # written as `MANIFEST`
+    manifest: dict[str, object]  # written as stillhouse.json beside the weights
     cache_plan: Path | None = None
 
 

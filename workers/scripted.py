@@ -9,8 +9,8 @@ from typing import Literal
 
 from stillhouse.storage.integrity import sha256_of
 from stillhouse.workers.folders import atomic_folder, write_json
+from stillhouse.workers.models.model_folder import MANIFEST
 from stillhouse.workers.protocols import (
-    MANIFEST,
     CacheBytes,
     CacheMeasure,
     CacheSpec,

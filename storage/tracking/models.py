@@ -5,14 +5,16 @@ from typing import TYPE_CHECKING
 from stillhouse.errors import TrackingError
 from stillhouse.storage.events import Event
 from stillhouse.storage.layout import RunFolder
+from stillhouse.storage.tracking import flavour
 from stillhouse.storage.tracking.champions import crown
-from stillhouse.storage.tracking.fields import entity_name, flattened, quoted, release
+from stillhouse.storage.tracking.fields import entity_name, flattened, quoted
 from stillhouse.storage.tracking.runs import ID_TAG, RunStore
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 CANDIDATE = "candidate"
+UNKNOWN_DECODING = {"max_new_tokens": 256, "stop": []}  # of events that do not name it
 
 
 class ModelStore:
@@ -54,19 +56,21 @@ class ModelStore:
     def _log_model(self, identity: str, event: Event) -> str:
         """Upload a checkpoint folder as it lies there; no weights are loaded."""
         import mlflow
-        import mlflow.transformers
+        from mlflow.models import Model
 
         mlflow.set_tracking_uri(self._uri)
         mlflow.set_registry_uri(self._uri)
-        run = self._runs.of(event)
+        run, data = self._runs.of(event), event.data
         with mlflow.start_run(run_id=run):
-            logged = mlflow.transformers.log_model(
-                str(self._folder.absolute(event.data["path"])),
-                name=entity_name(str(event.data["name"])).replace("/", "_"),
-                task=event.data.get("task") or "text-generation",
-                # named, because inferring them would load the model
-                pip_requirements=[f"{p}=={release(p)}" for p in ("torch", "transformers")],
+            logged = Model.log(
+                None,
+                flavour,
+                name=entity_name(str(data["name"])).replace("/", "_"),
+                flavor_name="transformers",
                 tags={ID_TAG: identity},
+                folder=self._folder.absolute(data["path"]),
+                task=data.get("task") or "text-generation",
+                decoding=data.get("decoding") or UNKNOWN_DECODING,
             )
         self._client.update_run(run, status="RUNNING")  # leaving the block ended it
         return str(logged.model_id)

@@ -11,6 +11,7 @@ from stillhouse.errors import StillhouseError, TrackingError, TrainingError
 from stillhouse.pipelines.observer import Observer, Observers
 from stillhouse.pipelines.tracked import TrackingObserver
 from stillhouse.storage.events import EventLog
+from stillhouse.storage.integrity import sha256_of
 from stillhouse.storage.layout import RunFolder
 from stillhouse.storage.tracking.database import default_uri
 from stillhouse.storage.tracking.settings import mlflow_quiet
@@ -114,6 +115,11 @@ def test_a_kill_amid_the_events_of_a_stage_tells_them_again(whole: Line) -> None
     assert kinds(found)[-1] == "run_finished"
     assert again["data"] == told[0]["data"]
     assert len(again["data"]["digest"]) == 16  # by which the server knows it
+    evaluate = whole.recipe.evaluate
+    decoding = {"max_new_tokens": evaluate.max_new_tokens, "stop": list(evaluate.stop)}
+    assert again["data"]["decoding"] == decoding
+    manifest = folder_of(whole).absolute(again["data"]["path"]) / "stillhouse.json"
+    assert again["data"]["tags"]["stillhouse.manifest"] == sha256_of(manifest)
     assert start(whole) == []
 
 

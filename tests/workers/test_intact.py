@@ -1,13 +1,14 @@
 """What a server refuses of an exported folder that was changed."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from stillhouse.errors import ModelError
 from stillhouse.storage.integrity import sha256_of
-from stillhouse.workers.serving.intact import require_intact
+from stillhouse.workers.intact import require_intact
 
 FILES = {"model.safetensors": b"weights", "cache/cache_plan.json": b"{}"}
 
@@ -24,7 +25,7 @@ def exported(tmp_path: Path) -> Path:
 
 def test_what_was_exported_is_served(exported: Path) -> None:
     require_intact(exported)
-    (exported / "notes.txt").write_text("mine")
+    (exported / "README.md").write_text("mine")
     require_intact(exported)
 
 
@@ -40,6 +41,15 @@ def test_another_models_file_is_refused_with_both_hashes(exported: Path, name: s
         require_intact(exported)
 
 
+@pytest.mark.parametrize("name", ["extra.safetensors", "chat_template.jinja", "cache/config.json"])
+def test_a_file_that_an_engine_reads_and_nobody_exported_is_refused(
+    exported: Path, name: str
+) -> None:
+    (exported / name).write_bytes(b"of another model")
+    with pytest.raises(ModelError, match=f"no file that {re.escape('stillhouse.json')} does not"):
+        require_intact(exported)
+
+
 def test_a_plan_put_beside_a_model_that_has_none_is_refused(exported: Path) -> None:
     plan = exported / "cache" / "cache_plan.safetensors"
     plan.write_bytes(b"of another model")
@@ -47,10 +57,21 @@ def test_a_plan_put_beside_a_model_that_has_none_is_refused(exported: Path) -> N
         require_intact(exported)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": 3'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"files": 3}',
+        '{"files": {"a": 1}}',
+        '{"files": {"../a": "0"}}',
+        '{"files": {"/a": "0"}}',
+    ],
+)
 def test_a_manifest_that_cannot_be_read_is_said(exported: Path, text: str) -> None:
     (exported / "stillhouse.json").write_text(text)
-    with pytest.raises(ModelError, match=r"stillhouse\.json: expected a manifest"):
+    with pytest.raises(ModelError, match=r"stillhouse\.json: expected"):
         require_intact(exported)
 
 

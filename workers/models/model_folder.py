@@ -8,6 +8,7 @@ from stillhouse.errors import ModelError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MANIFEST = "stillhouse.json"  # of an exported student
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 

@@ -22,7 +22,7 @@ import requests
 import torch
 
 from stillhouse.errors import ConfigError, ModelError
-from stillhouse.workers.serving.intact import require_intact
+from stillhouse.workers.intact import require_intact
 from stillhouse.workers.serving.served_cache import HALF, ServedCache
 
 BLOCK = 128  # tokens
