@@ -23,8 +23,8 @@ class ExportedModel:
 
     def __init__(self, folder: Path) -> None:
         """Load a folder that `export` wrote; ModelError where it is not whole, or not the same."""
-        require_intact(folder)
         cache = exported_cache(folder)
+        require_intact(folder)
         self._lm = load(ModelStore(), ModelSpec(str(folder)), prepare_device())
         self._cache_factory = compressed_cache_factory(self._lm, cache.config, cache.plan)
         self._turn = threading.Lock()
