@@ -46,24 +46,29 @@ def diagnose(recipe: RecipeConfig) -> Iterator[Check]:
     for ref in refs:
         if ref is not None and ref != "stage:specialize":
             yield _reference("model", ref)
-    yield _kernels()
+    yield from _kernels()
     for source in (*recipe.data.pool, recipe.data.questions, recipe.data.private):
         if source is not None:
             yield _reference("data", source.ref)
 
 
-def _kernels() -> Check:
+def _kernels() -> Iterator[Check]:
     # In a process of its own: this one loads nothing heavy.
     command = [sys.executable, "-m", "stillhouse.workers.serving.machine"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return kernel_checks(subprocess.run(command, capture_output=True, text=True, check=False))
+
+
+def kernel_checks(done: "subprocess.CompletedProcess[str]") -> Iterator[Check]:
+    """Of what `workers.serving.machine` said, and whether it came to its end."""
+    for line in done.stdout.splitlines():
+        found = json.loads(line)
+        name = "attention kernels" + (f" of {found['gpu']}" if found["gpu"] else "")
+        text = f"within {found['error']:.1g} of float64 over packed pages (worst: {found['name']})"
+        yield Check(name, found["error"] <= found["allowed"], text, "report this output")
     if done.returncode:
         said = done.stderr.strip().splitlines()[-1:] or ["nothing"]
-        return Check("attention kernels", False, said[0], "run `make setup`")
-    found = json.loads(done.stdout)
-    text = f"within {found['error']:.1g} of float64 over packed pages (worst: {found['name']})"
-    return Check(
-        "attention kernels", found["error"] <= found["allowed"], text, "report this output"
-    )
+        cure = "run `make setup`; if that does not help, report this output"
+        yield Check("attention kernels", False, said[0], cure)
 
 
 def _package(name: str) -> Check:

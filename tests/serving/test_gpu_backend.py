@@ -8,32 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from stillhouse.workers.cache import CachePlan, LayerPlan
 from stillhouse.workers.serving.served_cache import ServedCache
+from tests.kernels.paged_attention.gpu_pages import fitted
+from tests.serving.small_models import save_llama, save_olmo
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def small_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two layers with heads of 64 channels, of random weights."""
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=128, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=64, max_position_embeddings=128,
-        initializer_range=0.12, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-    folder = tmp_path_factory.mktemp("llama")
-    model.save_pretrained(folder)
-    return folder
-
-
-def answers(model: Path, kind: str) -> list[dict[str, Any]]:
-    settings = json.dumps(ServedCache("k4v4", sinks=1).settings())
+def said(model: Path, cache: ServedCache, kind: str) -> tuple[list[str], list[dict[str, Any]]]:
+    """Backends of the layers, and answers."""
+    settings = json.dumps(cache.settings())
     done = subprocess.run(
         [sys.executable, "-m", "tests.serving.interpreted_gpu", str(model), settings, kind],
         cwd=ROOT,
@@ -48,15 +34,36 @@ def answers(model: Path, kind: str) -> list[dict[str, Any]]:
         timeout=540,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    found = json.loads(done.stdout.splitlines()[-1])
+    return found["backends"], found["answers"]
 
 
-@pytest.mark.timeout(1200)
-def test_a_gpus_kernels_say_what_a_cpus_say(small_llama: Path) -> None:
-    """Prompts in chunks of 32 tokens over blocks of 32, one of them from the prefix cache."""
-    for one, other in zip(answers(small_llama, "gpu"), answers(small_llama, "cpu"), strict=True):
+def assert_alike(gpu: list[dict[str, Any]], cpu: list[dict[str, Any]], within: float = 0.1) -> None:
+    for one, other in zip(gpu, cpu, strict=True):
         both = list(zip(one["tokens"], other["tokens"], strict=True))
         same = next((n for n, (x, y) in enumerate(both) if x != y), len(both))
         assert same  # later ones may part at a near-tie: each rounds its own way
-        assert one["logp"][:same] == pytest.approx(other["logp"][:same], abs=0.1)
+        assert one["logp"][:same] == pytest.approx(other["logp"][:same], abs=within)
+
+
+@pytest.mark.timeout(1200)
+def test_a_gpus_kernels_say_what_a_cpus_say(tmp_path: Path) -> None:
+    """Prompts in chunks of 32 tokens over blocks of 32, one of them from the prefix cache."""
+    model, cache = save_llama(tmp_path / "llama"), ServedCache("k4v4", sinks=1)
+    assert_alike(said(model, cache, "gpu")[1], said(model, cache, "cpu")[1])
+
+
+@pytest.mark.timeout(1200)
+def test_layers_in_16_bits_are_vllms_own(tmp_path: Path) -> None:
+    """One that slides and one that does not, each beside one of 4 bits: blocks are padded.
+
+    vLLM's Triton kernels run on the interpreter too.
+    """
+    model, half = save_olmo(tmp_path / "olmo"), LayerPlan(None, None)
+    first, last = (LayerPlan(*(fitted(4, 64, 64, 2, n + k).fit for k in (1, 2))) for n in (0, 2))
+    CachePlan((first, half, half, last), sinks=1, recent=0).save(tmp_path / "plan")
+    cache = ServedCache("plan", tmp_path / "plan")
+    backends, gpu = said(model, cache, "gpu")
+    own = "TritonAttentionBackend"
+    assert backends == ["Packed76Backend", own, own, "Packed76Backend"]
+    assert_alike(gpu, said(model, cache, "cpu")[1], within=0.04)

@@ -13,6 +13,7 @@ from stillhouse.kernels.turboquant import Fp8Codec, MseCodec
 from stillhouse.workers.cache.cpu_attention import vector_format
 from stillhouse.workers.serving.gpu_layer import GpuLayer
 from stillhouse.workers.serving.layout import BlockLayout
+from stillhouse.workers.serving.machine import kernel_errors
 from stillhouse.workers.serving.self_check import worst_error
 from tests.kernels.paged_attention.gpu_pages import fitted
 from tests.workers.test_serving_cpu import BLOCK, GROUP, HEADS, Engine, assert_agrees
@@ -45,6 +46,13 @@ def test_random_chunks(kind: str, sinks: int, window: int, softcap: float) -> No
 
 def test_the_self_check_of_a_gpu() -> None:
     assert worst_error(made("mse", 1, block=32), HEADS, dtype=torch.float16) < 3e-3
+
+
+def test_the_check_of_a_machine() -> None:
+    """The first of its formats and head sizes, in blocks of 128 tokens."""
+    name, error = next(kernel_errors(GpuLayer, torch.float16, "cpu"))
+    assert name == "k4v4 D=64"
+    assert error < 3e-3
 
 
 def test_a_plan_of_several_channel_groups_names_its_cure() -> None:

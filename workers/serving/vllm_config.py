@@ -40,6 +40,7 @@ def require_supported(config: Any) -> None:
 
 def _unsupported(config: Any) -> Iterator[str]:
     parallel, cache = config.parallel_config, config.cache_config
+    compiled = config.compilation_config
     if cache.cache_dtype != "auto":
         yield f"--kv-cache-dtype {cache.cache_dtype}: the format is ours; leave it at auto"
     if parallel.tensor_parallel_size > 1:
@@ -52,6 +53,14 @@ def _unsupported(config: Any) -> Iterator[str]:
         yield "--kv-transfer-config: connectors copy blocks as if they held plain keys and values"
     if config.lora_config is not None:
         yield "--enable-lora: the plan is fitted to the weights as they are; merge the adapter"
+    if (
+        compiled.cudagraph_mode.has_piecewise_cudagraphs()
+        and not compiled.splitting_ops_contain_kv_cache_update()
+    ):
+        yield (
+            "CUDA graphs with stores in them, as inductor's partition and breakable graphs have: "
+            "which tokens are sinks is read on the host"
+        )
     if config.model_config.use_mla:
         yield "multi-head latent attention: its cache holds no keys and values"
     if config.model_config.is_encoder_decoder:
@@ -59,7 +68,7 @@ def _unsupported(config: Any) -> Iterator[str]:
 
 
 def require_layers(config: Any, ours: type) -> None:
-    """ModelError unless every layer with a cache goes through our implementation."""
+    """ModelError unless every layer with a cache goes through an implementation of ours."""
     layers = config.compilation_config.static_forward_context
     others = [
         name

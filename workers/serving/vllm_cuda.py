@@ -1,6 +1,7 @@
 """vLLM's attention on a GPU, with our cache in its blocks: `--attention-backend CUSTOM`.
 
 Steps are not captured in CUDA graphs: vLLM runs attention between the graphs of the other layers.
+A layer that a plan leaves in 16 bits gets vLLM's `TRITON_ATTN` once weights are loaded.
 """
 
 from typing import Any, ClassVar
@@ -8,12 +9,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl
+from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from stillhouse.errors import ModelError
 from stillhouse.kernels.paged_attention import PAGE_TOKENS
 from stillhouse.workers.serving.gpu_layer import GpuLayer
-from stillhouse.workers.serving.vllm_packed import PackedBuilder, PackedImpl
+from stillhouse.workers.serving.vllm_config import served_cache
+from stillhouse.workers.serving.vllm_packed import PackedBuilder, PackedImpl, PlannedImpl
+
+
+class HalfCudaImpl(PlannedImpl, TritonAttentionImpl):
+    """Of a layer that its plan leaves in 16 bits: vLLM's own, which runs on every card."""
 
 
 class PackedCudaImpl(PackedImpl, AttentionImpl[Any]):
@@ -43,17 +50,40 @@ class PackedCudaImpl(PackedImpl, AttentionImpl[Any]):
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.remember_config()
 
-    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """The model's layers are known, and their weights.
+    @staticmethod
+    def device() -> torch.device:
+        """That the layer's states lie on."""
+        return torch.device("cuda", torch.cuda.current_device())
 
-        ModelError for a layer in 16 bits: this backend has no kernel for those.
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """The model's layers are known, and their weights; one in 16 bits is vLLM's from now on.
+
+        ModelError where no packed cache is asked for: vLLM would choose better for itself.
         """
-        self.prepare(act_dtype, torch.device("cuda", torch.cuda.current_device()))
-        if self.packed is None:
+        if served_cache(self._config) is None:
             raise ModelError(
-                "the packed cache of a GPU expects every layer coded, found one in 16 bits; "
-                "compress with more bits, or serve with --cache bf16"
+                "--attention-backend CUSTOM: expected a packed cache, found none asked for; leave "
+                "the backend to vLLM, or name the cache with --cache"
             )
+        self.prepare(act_dtype, self.device())
+        if self.packed is None:
+            _, module = self._module()
+            # It stores apart from attention, too: the graphs that vLLM compiles and keeps are then
+            # the same whichever layers a plan has packed.
+            module.attn_backend, module.impl = TritonAttentionBackend, self._unpacked()
+            module.impl.process_weights_after_loading(act_dtype)
+
+    def _unpacked(self) -> HalfCudaImpl:
+        return HalfCudaImpl(
+            self.num_heads,
+            self.head_size,
+            self.scale,
+            self.num_kv_heads,
+            self.alibi_slopes,
+            self.sliding_window,
+            self.kv_cache_dtype,
+            self.logits_soft_cap,
+        )
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor

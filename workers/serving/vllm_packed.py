@@ -7,8 +7,13 @@ import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backend import AttentionMetadataBuilder, AttentionType
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    AttentionType,
+)
 
 from stillhouse.errors import ModelError
 from stillhouse.kernels.turboquant import to_half
@@ -28,14 +33,18 @@ class PackedMetadata:
 
 
 class PackedBuilder(AttentionMetadataBuilder[PackedMetadata]):
-    """Makes a `Step` of what vLLM has scheduled."""
+    """Makes a `Step` of what vLLM has scheduled.
 
+    It reads lengths on the host, which a captured graph would never do again.
+    """
+
+    _cudagraph_support = AttentionCGSupport.NEVER
     # Layers of several sizes have a builder each: one step serves them all.
     _last: ClassVar[tuple[Any, PackedMetadata] | None] = None
 
     def __init__(self, spec: Any, names: list[str], config: Any, device: torch.device) -> None:
         super().__init__(spec, names, config, device)
-        require_layers(config, PackedImpl)
+        require_layers(config, PlannedImpl)
         layers = config.compilation_config.static_forward_context
         for name in names:
             layers[name].impl.require_bytes(name, spec)
@@ -85,7 +94,11 @@ class LayerBackend:
         return PackedBuilder
 
 
-class PackedImpl:
+class PlannedImpl:
+    """Of a layer that is served as its plan says."""
+
+
+class PackedImpl(PlannedImpl):
     """Of one layer, beside an implementation of vLLM's; `packed` is None where nothing of ours is
     served, and for layers in 16 bits."""
 
@@ -118,7 +131,7 @@ class PackedImpl:
         if served is None:
             return
         name, module = self._module()
-        self._require_plain(name)
+        self._require_plain(name, module)
         block = self._config.cache_config.block_size
         index = int(extract_layer_index(name))
         found = served.layer(index, self.num_kv_heads, self.head_size, block, device)
@@ -181,10 +194,12 @@ class PackedImpl:
         ]
         return found
 
-    def _require_plain(self, name: str) -> None:
+    def _require_plain(self, name: str, module: Any) -> None:
+        kind = type(module)
         reasons = [
             reason
             for reason, there in (
+                (f"layers of the kind {kind.__name__}", kind is not Attention),
                 ("ALiBi", self.alibi_slopes is not None),
                 ("sink logits of the model's own", self.sinks is not None),
                 ("keys and values of another layer", self.kv_sharing_target_layer_name is not None),
