@@ -20,29 +20,39 @@ PagedCodec = MseCodec | FittedCodec | Fp8Codec
 
 
 def store_vectors(
-    codec: PagedCodec, x_THD: Tensor, pages_NHY: Tensor, half: HalfPage, slots_T: Tensor
+    codec: PagedCodec,
+    x_THD: Tensor,
+    pages_NHY: Tensor,
+    half: HalfPage,
+    slots_T: Tensor,
+    *,
+    refuse: bool = True,
 ) -> None:
     """Encode tokens of a layer and write them at their slots, page · tokens + place, in place.
 
     The bytes are those of `codec.encode` and `write_vectors`. x_THD: float32, float16 or bfloat16
     on the CPU. pages_NHY: uint8, each half page contiguous. slots_T: int32 or int64; -1 for a token
-    that is not stored. ValueError for what does not fit, before anything is written; NotFiniteError
-    for vectors that cannot be stored, after all others are.
+    that is not stored. ValueError for what does not fit, before anything is written. A vector that
+    float16 or fp8 cannot hold: NotFiniteError once all others are written; without `refuse` it is
+    written so that what attends to it is no number.
     """
     _require(codec, x_THD, pages_NHY, half, slots_T)
     slots_T = slots_T.long()
     if isinstance(codec, Fp8Codec):
         kept_T = slots_T >= 0
-        codes = codec.encode(x_THD[kept_T].transpose(0, 1)).codes
+        encode = codec.encode if refuse else codec.encode_reference
+        codes = encode(x_THD[kept_T].transpose(0, 1)).codes
         write_vectors(pages_NHY, half, slots_T[kept_T], codes.contiguous(), None)
         return
     page, head, _ = pages_NHY.stride()
     count, heads, size = pages_NHY.shape
     places = _places(half, page, head, (count - 1) * page + (heads - 1) * head + size)
     step = max(-(-len(x_THD) // torch.get_num_threads()), _LEAST)
-    calls, kept = codec.cpu_tables.store_calls(x_THD, slots_T, places, pages_NHY.data_ptr(), step)
+    calls, kept = codec.cpu_tables.store_calls(
+        x_THD, slots_T, places, pages_NHY.data_ptr(), step, keeps=not refuse
+    )
     lost = run_calls(STORE_ROWS, calls, kept) if calls else 0
-    if lost:
+    if lost and refuse:
         raise NotFiniteError(
             f"expected finite vectors with a norm that float16 holds (65,504), found {lost} of "
             f"{x_THD.shape[0] * heads} that are NaN, infinite or larger; their slots are as before"

@@ -135,17 +135,23 @@ class CpuTables:
         return packed
 
     def store_calls(
-        self, x_THD: Tensor, slots_T: Tensor, places: RowPlaces, address: int, step: int
+        self,
+        x_THD: Tensor,
+        slots_T: Tensor,
+        places: RowPlaces,
+        address: int,
+        step: int,
+        keeps: bool,
     ) -> tuple[list[tuple[int, ...]], object]:
         """Arguments of `STORE_ROWS` for `step` tokens each, and what they point to.
 
         Encodes tokens and writes them at their slots, page · tokens + place; -1 is skipped. x_THD:
         CPU vectors of any float dtype. slots_T: int64. address: of the first page. Its results add
-        up to how many float16 cannot hold: they are not written.
+        up to how many float16 cannot hold; keeps: whether these are written, too.
         """
         x_THD, slots_T = x_THD.detach().float().contiguous(), slots_T.contiguous()
-        numbers = (places.page, places.head, places.tokens, places.scalars)
-        ends = (_LONG * 6)(*numbers, len(places.planes), places.total)
+        numbers = (places.page, places.head, places.tokens, places.scalars, keeps)
+        ends = (_LONG * 7)(*numbers, len(places.planes), places.total)
         flat = [number for plane in places.planes for number in plane]
         planes = (_LONG * len(flat))(*flat)
         count, heads, dim = x_THD.shape

@@ -193,7 +193,7 @@ def _store(
     places, planes_L3, pages,
 ):  # fmt: skip
     room, row = _room(groups_R4), np.empty(packed, np.uint8)
-    page_stride, head_stride, page_tokens, scalars = places
+    page_stride, head_stride, page_tokens, scalars, keeps = places
     lost = 0
     for t in range(x_THD.shape[0]):
         if slots_T[t] < 0:
@@ -208,7 +208,8 @@ def _store(
             )  # fmt: skip
             if not abs(scalar) < _OVERFLOW:
                 lost += 1
-                continue
+                if not keeps:
+                    continue
             base = page * page_stride + h * head_stride
             for i in range(planes_L3.shape[0]):
                 first, size, start = planes_L3[i]
@@ -270,12 +271,12 @@ def store_rows(
 ):  # fmt: skip
     """Vectors [count, rows, D], tokens of `rows` heads, into half pages at slots; -1 is skipped.
 
-    As `encode_rows`; what float16 cannot hold is counted, and not stored. places: bytes from page
-    to page and from head to head, tokens of a page, byte where its scalars begin, planes, bytes of
-    all pages. planes: of each the first byte, bytes a row, byte of the packed vector.
+    As `encode_rows`; what float16 cannot hold is counted, and stored only if asked. places: bytes
+    from page to page and from head to head, tokens of a page, byte where its scalars begin, whether
+    such vectors are stored, planes, bytes of all pages. planes: of each the first byte, bytes a row, byte of the packed vector.
     """
     heads, dim, mapped, groups_count, books, edges, packed, kind = numba.carray(sizes, 8)
-    page, head, tokens, scalars, planes_count, total = numba.carray(places, 6)
+    page, head, tokens, scalars, keeps, planes_count, total = numba.carray(places, 7)
     return _store(
         numba.carray(x, (count, rows, dim)),
         numba.carray(slots, count),
@@ -287,7 +288,7 @@ def store_rows(
         numba.carray(boundaries, edges),
         kind,
         packed,
-        (page, head, tokens, scalars),
+        (page, head, tokens, scalars, keeps),
         numba.carray(planes, (planes_count, 3)),
         numba.carray(pages, total),
     )

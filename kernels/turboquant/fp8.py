@@ -73,13 +73,17 @@ class Fp8Codec:
         or a magnitude above 464.
         """
         require_vectors(x_D, self.head_dim)
-        wide_D = x_D.detach().float()
-        # Written out because the cast of torch 2.13 makes 448 of all of these, infinity too.
-        kept_D = wide_D.masked_fill(wide_D.abs() > _LARGEST, math.nan)
-        packed = Fp8Vectors(kept_D.contiguous().to(_FLOAT8).view(torch.uint8))
+        packed = self.encode_reference(x_D)
         if x_D.device.type == "cpu":
             packed.require_finite()
         return packed
+
+    def encode_reference(self, x_D: Tensor) -> Fp8Vectors:
+        """As `encode`; refuses nothing: a NaN's code stands for what is too large."""
+        wide_D = x_D.detach().float()
+        # Written out because the cast of torch 2.13 makes 448 of all of these, infinity too.
+        kept_D = wide_D.masked_fill(wide_D.abs() > _LARGEST, math.nan)
+        return Fp8Vectors(kept_D.contiguous().to(_FLOAT8).view(torch.uint8))
 
     def decode(self, packed: Fp8Vectors, dtype: torch.dtype = torch.float32) -> Tensor:
         """Codes → `dtype` [..., D]; exact in float32, float16 and bfloat16."""

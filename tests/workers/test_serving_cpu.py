@@ -5,7 +5,7 @@ depend on them.
 """
 
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import pytest
@@ -26,7 +26,7 @@ from stillhouse.kernels.turboquant import (
 )
 from stillhouse.workers.cache.cpu_attention import vector_format
 from stillhouse.workers.serving.cpu_layer import CpuLayer
-from stillhouse.workers.serving.layout import BlockLayout
+from stillhouse.workers.serving.layout import BlockLayout, Blocks
 from stillhouse.workers.serving.self_check import require_right
 from stillhouse.workers.serving.step import Piece, Step, pieces
 from tests.kernels.paged_attention.fits import fitted_codec
@@ -197,6 +197,32 @@ def test_sinks_may_be_longer_than_a_packed_vector() -> None:
         rest.encode(key[:1].transpose(0, 1)[None])
 
 
+@pytest.mark.parametrize("kind", ["mse", "fitted", "fp8"])
+@pytest.mark.parametrize("place", [0, 7])  # a sink, and a packed token
+def test_what_cannot_be_stored_spoils_its_own_request_alone(kind: str, place: int) -> None:
+    layer = made(kind, 64, 1)
+    size = layer.layout.token_bytes
+    table = torch.tensor([[2, 0], [1, 3]], dtype=torch.int32)
+    step = Step([0, 20, 40], [20, 20], table, BLOCK)
+    slots = torch.cat([table[r].long()[torch.arange(20) // BLOCK] * BLOCK + torch.arange(20) % BLOCK
+                       for r in (0, 1)])  # fmt: skip
+    query = torch.randn(40, HEADS * GROUP, 64)
+    key, value = torch.randn(2, 40, HEADS, 64)
+    outputs = []
+    for largest in (1.0, 1e6):
+        key[place, 0] *= largest
+        blocks = layer.layout.views(
+            torch.zeros((4, HEADS, BLOCK, size), dtype=torch.uint8), torch.float16
+        )
+        layer.store((key, value), blocks, slots, step)
+        outputs.append(torch.zeros_like(query))
+        layer.attend(query, blocks, step, outputs[-1])
+    fine, spoilt = outputs
+    assert bool(spoilt[place:20, :GROUP].isnan().all())
+    assert torch.equal(spoilt[20:], fine[20:])
+    assert torch.equal(spoilt[:20, GROUP:], fine[:20, GROUP:])
+
+
 def test_slots_of_minus_one_store_nothing() -> None:
     engine = Engine(made("mse", 64, 0), [20], random.Random(1))
     before = engine.memory.clone()
@@ -244,9 +270,53 @@ def test_the_self_check_passes(kind: str, sinks: int, window: int, softcap: floa
     assert require_right(made(kind, 64, sinks, window, softcap), HEADS, "layer 0") < 1e-5
 
 
-def test_the_self_check_notices_a_wrong_kernel() -> None:
-    layer = made("mse", 64, 1)
-    other = replace(layer, scaling=layer.scaling * 1.01)
-    object.__setattr__(other, "attend", layer.attend)  # its kernel scales as the other layer
-    with pytest.raises(ModelError, match="self-check: expected attention of layer 3 over packed"):
-        require_right(other, HEADS, "layer 3")
+class _OtherScale(CpuLayer):
+    def attend(self, query_TQD: Tensor, *rest: Any) -> None:
+        super().attend(query_TQD * 1.01, *rest)
+
+
+class _OtherPages(CpuLayer):
+    def _singles(self, query_BHGD: Tensor, blocks: Blocks, step: Step) -> Tensor:
+        order = torch.arange(len(blocks.keys_NHY)).flip(0)
+        other = blocks._replace(
+            keys_NHY=blocks.keys_NHY[order], values_NHY=blocks.values_NHY[order]
+        )
+        return super()._singles(query_BHGD, other, step)
+
+
+class _NoWindow(CpuLayer):
+    def attend(self, *arguments: Any) -> None:
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        CpuLayer(**plain | {"window": 0}).attend(*arguments)
+
+
+class _OtherStates(CpuLayer):
+    def _write(self, states: tuple[Tensor, Tensor], blocks: Blocks, slots_T: Tensor) -> None:
+        super()._write((states[0].flip(-1), states[1]), blocks, slots_T)
+
+
+class _OtherSinks(CpuLayer):
+    def store(
+        self, states: tuple[Tensor, Tensor], blocks: Blocks, slots_T: Tensor, step: Step
+    ) -> None:
+        super().store(states, blocks, slots_T, step)
+        blocks.sinks_NH2SD.mul_(1.01)
+
+
+@pytest.mark.parametrize(
+    ("kind", "complaint"),
+    [
+        (_OtherScale, "attention of layer 3 over packed"),
+        (_OtherPages, "attention of layer 3 over packed"),
+        (_NoWindow, "attention of layer 3 over packed"),
+        (_OtherStates, "keys and values of layer 3 stored"),
+        (_OtherSinks, "keys and values of layer 3 stored"),
+    ],
+)
+@pytest.mark.parametrize("sinks", [1, 4])
+def test_the_self_check_notices(kind: type[CpuLayer], complaint: str, sinks: int) -> None:
+    layer = made("mse", 64, sinks, window=4096)
+    plain = {field.name: getattr(layer, field.name) for field in fields(layer)}
+    require_right(layer, HEADS, "layer 3")
+    with pytest.raises(ModelError, match=f"self-check: expected {complaint}"):
+        require_right(kind(**plain), HEADS, "layer 3")

@@ -29,7 +29,9 @@ class CpuLayer(PackedLayer):
 
         halves = self.layout.pages.key, self.layout.pages.value
         for number, half in enumerate(halves):
-            store_vectors(self.codecs[number], states[number], blocks[number], half, slots_T)
+            codec, x_THD, pages = self.codecs[number], states[number], blocks[number]
+            # What cannot be stored spoils its own request, not the engine's step.
+            store_vectors(codec, x_THD, pages, half, slots_T, refuse=False)
 
     def _singles(self, query_BHGD: Tensor, blocks: Blocks, step: Step) -> Tensor:
         from stillhouse.kernels.paged_attention.cpu import PackedHalf

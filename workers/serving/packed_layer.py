@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.kernels.paged_attention import HalfPage, read_vectors
-from stillhouse.kernels.turboquant import Fp8Vectors, PackedVectors, to_half
+from stillhouse.kernels.turboquant import Fp8Vectors, PackedVectors
 from stillhouse.workers.serving.layout import BlockLayout, Blocks
 from stillhouse.workers.serving.step import Piece, Step, pieces
 
@@ -35,7 +35,7 @@ class PackedLayer(ABC):
     ) -> None:
         """Write keys and values [T, H, D] at their slots, sinks in 16 bits; -1 stores nothing.
 
-        NotFiniteError on a CPU for vectors that cannot be stored.
+        What attends to a vector that cannot be stored (`NotFiniteError`) is no number.
         """
         sinks = step.sink_rows(self.layout.sinks)
         if sinks.rows.numel():
@@ -43,7 +43,7 @@ class PackedLayer(ABC):
         self._write(states, blocks, slots_T)
         if sinks.rows.numel():
             for number, x_THD in enumerate(states):
-                kept = to_half(x_THD[sinks.rows]).to(blocks.sinks_NH2SD.dtype)
+                kept = x_THD[sinks.rows].to(blocks.sinks_NH2SD.dtype)
                 blocks.sinks_NH2SD[sinks.blocks, :, number, sinks.numbers] = kept
 
     def attend(self, query_TQD: Tensor, blocks: Blocks, step: Step, out_TQD: Tensor) -> None:

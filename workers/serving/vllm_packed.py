@@ -146,9 +146,11 @@ class PackedImpl(PlannedImpl):
             max(self.sliding_window or 0, 0),
         )
         self._half = to_half(torch.empty(0, dtype=dtype)).dtype
-        # Its kernels are compiled here, too: a request would wait for them.
-        checked = torch.float32 if self.kind.takes_float32 else dtype
-        require_right(self.packed, self.num_kv_heads, name, checked, device)
+        # What states are served in, for which kernels are compiled here, too: a request would wait.
+        # And what shows the smallest mistakes.
+        exact = (torch.float32,) if self.kind.takes_float32 else ()
+        for checked in {dtype, *exact}:
+            require_right(self.packed, self.num_kv_heads, name, checked, device)
         size = found.layout.token_bytes
         parts = {"token_bytes": size, "block": block, "__module__": __name__}
         bases = (LayerBackend, module.attn_backend)
