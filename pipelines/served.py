@@ -1,17 +1,20 @@
 """A served copy of the student answers the evaluation again, and must say the same."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stillhouse.errors import ConfigError
 from stillhouse.pipelines.answering import answer_with, summary
+from stillhouse.pipelines.evaluated_cache import evaluated_cache
 from stillhouse.pipelines.stage import Part
 from stillhouse.pipelines.stage_run import StageRun
 from stillhouse.pipelines.stages.compress import ARM
+from stillhouse.pipelines.text import render
 from stillhouse.storage.records import QuestionRecord
 from stillhouse.workers.protocols import ServedSpec
 
 SERVED_ARM = "student_served"
+_JOINT = 4  # tokens more, where prompt and reference are encoded apart
 MOVED = """
 SELECT count(*), fsum(abs(served.reference_logp - own.reference_logp)) / sum(own.reference_tokens)
 FROM evaluations AS served JOIN evaluations AS own USING (question_id)
@@ -29,14 +32,11 @@ def replay_served(run: StageRun, folder: Path) -> Part:
         for row in run.rows(tuple(run.files("ingest", "questions")), QuestionRecord)
         if row.status == "kept"
     ]
-    room = (
-        max(len(question.rendered) for question in questions) + run.recipe.evaluate.max_new_tokens
-    )
     spec = ServedSpec(
         folder=folder,
-        cache=_cache(run),
+        cache=evaluated_cache(run.recipe.compress, bool(run.facts("compress")["plan"])),
         dtype=run.recipe.deploy.dtype,
-        context=max(512, room),  # a token has a character at least
+        context=_context(run, folder, questions),
         log=run.directory / "server.log",
         sinks=run.recipe.compress.sinks,
     )
@@ -44,19 +44,17 @@ def replay_served(run: StageRun, folder: Path) -> Part:
         return answer_with(run, SERVED_ARM, model, questions)
 
 
-def _cache(run: StageRun) -> str:
-    """ConfigError for scalars that no server has: without a corpus nothing was fitted."""
-    if run.facts("compress")["plan"]:
-        return "plan"
-    config = run.recipe.compress
-    scalars = (config.key_scalar, config.value_scalar, config.seed)
-    if scalars != ("unbiased", "least_squares", 0):
-        raise ConfigError(
-            "deploy.engine: expected a fitted cache, or the scalars and the seed that are the "
-            f"default, found no corpus to fit it on, and {scalars}; deploy with engine: "
-            "transformers"
-        )
-    return f"k{config.key_bits}v{config.value_bits}"
+def _context(run: StageRun, folder: Path, questions: Sequence[QuestionRecord]) -> int:
+    """Tokens of the longest question with its answer, or with its reference."""
+    template = run.recipe.data.template.response
+    prompts = [question.rendered for question in questions]
+    whole = [one.rendered + render(template, one.reference) for one in questions]
+    ref, new = str(folder), run.recipe.evaluate.max_new_tokens
+    lengths = [
+        *(count + new for count in run.workers.count_tokens(ref, prompts)),
+        *(count + _JOINT for count in run.workers.count_tokens(ref, whole)),
+    ]
+    return max(lengths, default=new) + 1
 
 
 def compare_served(run: StageRun) -> dict[str, Any]:
@@ -69,13 +67,13 @@ def compare_served(run: StageRun) -> dict[str, Any]:
     refused = None
     if not compared or served["failed"] > own["failed"]:
         refused = f"the served copy failed on {served['failed']} of {served['items']} questions"
-    elif apart > own["standard_error"]:
+    elif apart > max(own["standard_error"], 1 / max(own["items"], 1)):  # one answer is no verdict
         refused = (
             f"the served copy answers {served['exact_match']:.1%} of the questions, the evaluation "
             f"{own['exact_match']:.1%} ± {own['standard_error']:.1%}"
         )
     run.observer.note(
         f"served: exact match {served['exact_match']:.1%}, in process {own['exact_match']:.1%}; "
-        f"mean |Δ log p| {moved or 0:.2g} nats a token"
+        + ("" if moved is None else f"log p of a reference moved by {moved:.2g} nats a token")
     )
     return {"arm": served, "in_process": own, "logp_moved": moved, "refused": refused}

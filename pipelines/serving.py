@@ -7,13 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stillhouse.configs.stages import CompressConfig
 from stillhouse.errors import ConfigError
+from stillhouse.pipelines.evaluated_cache import evaluated_cache
 from stillhouse.storage.layout import RunFolder
 from stillhouse.workers.cache import PLAN_FOLDER
 from stillhouse.workers.models.cache_folder import default_cache_root
+from stillhouse.workers.models.model_folder import MANIFEST, read_json
 from stillhouse.workers.models.store import ModelStore
+from stillhouse.workers.serving.serve_job import ServeJob
+from stillhouse.workers.serving.serve_job import server_url as server_url
 from stillhouse.workers.serving.served_cache import HALF, PLAN, ServedCache
-from stillhouse.workers.serving.server import ServeJob, ServerProcess
+from stillhouse.workers.serving.server import ServerProcess
 
 RunningServer = ServerProcess  # for the command line, which speaks to pipelines alone
 GIB = 1 << 30
@@ -32,6 +37,11 @@ class ServedModel:
         found = self.folder / PLAN_FOLDER
         return found if found.is_dir() else None
 
+    def manifest(self) -> dict[str, Any] | None:
+        """What it was evaluated as; None of a model that no run exported."""
+        path = self.folder / MANIFEST
+        return read_json(path, self.name) if path.exists() else None
+
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
@@ -42,7 +52,7 @@ class ServeOptions:
     key_file: Path | None = None
     cache: str | None = None
     context: int | None = None
-    dtype: str = "bfloat16"
+    dtype: str | None = None
     pool_gib: float | None = None
     drain: int = 30
     log_prompts: bool = False
@@ -50,16 +60,22 @@ class ServeOptions:
 
 
 def served_run(folder: RunFolder) -> ServedModel:
-    """The student that a finished run exported; ConfigError when there is none."""
+    """The student that a finished run exported; ConfigError for none that was let in."""
     try:
         report: dict[str, Any] = json.loads(folder.report.read_text(encoding="utf-8"))
         deployed = report["deployment"]
-    except (OSError, ValueError, KeyError) as error:
+        model, refused = folder.root / deployed["model"], deployed["refused"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"serve: expected a run with a deployed student in {folder.root}, found none "
             f"({error!r}); finish the run first"
         ) from error
-    return ServedModel(folder.root / deployed["model"], deployed["name"])
+    if refused:
+        raise ConfigError(
+            f"serve: expected a student that its run let in, found one that it refused: {refused}; "
+            f"to serve it all the same, name its folder: {model}"
+        )
+    return ServedModel(model, deployed["name"])
 
 
 def served_model(ref: str, notify: Callable[[str], None]) -> ServedModel:
@@ -70,27 +86,52 @@ def served_model(ref: str, notify: Callable[[str], None]) -> ServedModel:
 
 
 def ask_server(model: ServedModel, options: ServeOptions) -> ServeJob:
-    """What to start; ConfigError for options that do not go together."""
-    wanted = options.cache or (PLAN if model.plan else HALF)
-    if wanted == PLAN and model.plan is None:
-        raise ConfigError(
-            f"serve: expected a cache plan in {model.folder / PLAN_FOLDER}, found none; serve a "
-            "run that has a compressed cache, or with --cache k4v4 or bf16"
-        )
+    """What to start, as it was evaluated unless the options say otherwise.
+
+    ConfigError for options that do not go together.
+    """
+    manifest = model.manifest()
     return ServeJob(
         folder=model.folder,
         name=model.name,
-        cache=ServedCache(wanted, model.plan if wanted == PLAN else None),
+        cache=_cache(model, manifest, options.cache),
         port=options.port,
         host=options.host,
         key=None if options.key_file is None else read_or_make_key(options.key_file),
         context=options.context,
-        dtype=options.dtype,
+        dtype=options.dtype or (manifest or {}).get("dtype") or "bfloat16",
         pool=None if options.pool_gib is None else round(options.pool_gib * GIB),
         drain=options.drain,
         log_prompts=options.log_prompts,
         eager=options.eager,
     )
+
+
+def _cache(model: ServedModel, manifest: dict[str, Any] | None, asked: str | None) -> ServedCache:
+    """The one that is asked for; else the one that the model was evaluated with, or 16 bits."""
+    config = None if manifest is None else _compressed(model, manifest)
+    wanted = asked
+    if wanted is None:
+        plain = PLAN if model.plan else HALF
+        wanted = plain if config is None else evaluated_cache(config, model.plan is not None)
+    if wanted == PLAN and model.plan is None:
+        raise ConfigError(
+            f"serve: expected a cache plan in {model.folder / PLAN_FOLDER}, found none; serve a "
+            "run that has a compressed cache, or with --cache k4v4 or bf16"
+        )
+    folder = model.plan if wanted == PLAN else None
+    sinks = 0 if config is None or wanted in (PLAN, HALF) else config.sinks
+    return ServedCache(wanted, folder, sinks)
+
+
+def _compressed(model: ServedModel, manifest: dict[str, Any]) -> CompressConfig:
+    try:
+        return CompressConfig(**manifest["cache"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{model.folder / MANIFEST}: expected the settings of a cache, found none that are "
+            f"({error}); deploy again"
+        ) from error
 
 
 def default_key_file(port: int) -> Path:
@@ -105,13 +146,24 @@ def log_file(port: int) -> Path:
 
 def read_or_make_key(path: Path) -> str:
     """The key in a file, which is made with a random one where there is none."""
+    if path.exists():
+        return read_key(path)
+    key = f"sk-{secrets.token_urlsafe(32)}"
     try:
-        key = path.read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
         path.parent.mkdir(parents=True, exist_ok=True)
-        key = f"sk-{secrets.token_urlsafe(32)}"
         path.touch(mode=0o600)
         path.write_text(key + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"--api-key-file {path}: expected a place for a new key, found {error}"
+        ) from error
+    return key
+
+
+def read_key(path: Path) -> str:
+    """The key in a file; ConfigError where there is none."""
+    try:
+        key = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"--api-key-file {path}: expected a readable key, found {error}"

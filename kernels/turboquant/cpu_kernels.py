@@ -273,7 +273,8 @@ def store_rows(
 
     As `encode_rows`; what float16 cannot hold is counted, and stored only if asked. places: bytes
     from page to page and from head to head, tokens of a page, byte where its scalars begin, whether
-    such vectors are stored, planes, bytes of all pages. planes: of each the first byte, bytes a row, byte of the packed vector.
+    such vectors are stored, planes, bytes of all pages. planes: of each the first byte, bytes a
+    row, byte of the packed vector.
     """
     heads, dim, mapped, groups_count, books, edges, packed, kind = numba.carray(sizes, 8)
     page, head, tokens, scalars, keeps, planes_count, total = numba.carray(places, 7)

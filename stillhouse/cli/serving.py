@@ -33,7 +33,7 @@ def serve(
     ] = False,
     cache: Annotated[
         str | None,
-        typer.Option(help="plan, k4v4, …, fp8 or bf16; else the plan where there is one, or bf16."),
+        typer.Option(help="plan, k4v4, …, fp8, bf16; else what a run evaluated, or bf16."),
     ] = None,
     max_context: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a request at most; else the model's own.")
@@ -45,8 +45,9 @@ def serve(
         ),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="Of the weights: bfloat16, float16, float32.")
-    ] = "bfloat16",
+        str | None,
+        typer.Option(help="bfloat16, float16, float32; else that of the export, or bfloat16."),
+    ] = None,
     drain: Annotated[
         int, typer.Option(min=0, help="Seconds that requests have when it is told to stop.")
     ] = 30,
@@ -118,11 +119,11 @@ def chat(
 ) -> None:
     """Talk to a served model; an empty line or Ctrl-D ends it."""
     from stillhouse.pipelines.chatting import ChatServer
-    from stillhouse.pipelines.serving import default_key_file, read_or_make_key
+    from stillhouse.pipelines.serving import default_key_file, read_key, server_url
 
     file = api_key_file or default_key_file(port)
-    key = read_or_make_key(file) if file.is_file() else None
-    server = ChatServer(f"http://{host}:{port}", key, temperature)
+    key = read_key(file) if api_key_file is not None or file.is_file() else None
+    server = ChatServer(server_url(host, port), key, temperature)
     model = server.model()
     messages: list[dict[str, str]] = []
     for text in [prompt] if prompt is not None else _typed(model):

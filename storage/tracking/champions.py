@@ -13,9 +13,11 @@ REPLACED_TAG = "stillhouse.replaced"  # of a version: the champion before it
 
 
 def crown(client: "MlflowClient", name: str, version: str) -> None:
-    """Make a version champion; it remembers which one it replaces."""
+    """Make a version champion; it remembers which one it replaced the first time."""
     before = _champion(client, name)
-    if before is not None and before != version:
+    tags = client.get_model_version(name, version).tags
+    # Once: two versions that replaced each other would be rolled back to for ever.
+    if before not in (None, version) and REPLACED_TAG not in tags:
         client.set_model_version_tag(name, version, REPLACED_TAG, before)
     client.set_registered_model_alias(name, CHAMPION, version)
 
@@ -27,6 +29,7 @@ def roll_back(uri: str, name: str) -> tuple[str, str]:
     """
     with mlflow_quiet():
         from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
 
         client = MlflowClient(uri, uri)
         now = _champion(client, name)
@@ -39,7 +42,13 @@ def roll_back(uri: str, name: str) -> tuple[str, str]:
             raise TrackingError(
                 f"expected a champion of {name!r} before version {now}, found none: it is the first"
             )
-        client.set_registered_model_alias(name, CHAMPION, before)
+        try:
+            client.set_registered_model_alias(name, CHAMPION, before)
+        except MlflowException as error:
+            raise TrackingError(
+                f"expected version {before} of {name!r}, the champion before {now}, found none "
+                f"that can be it: {error}"
+            ) from error
     return now, before
 
 

@@ -20,11 +20,28 @@ from tests.serving.client import (
 )
 from tests.serving.conftest import FINEST, Serve
 
+PROMPT = {"model": "model", "prompt": "a", "max_tokens": 1}
 
-def test_without_the_key_nothing_is_answered(packed: ServerProcess) -> None:
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "v1/models"), ("POST", "v1/completions"), ("POST", "invocations"),
+        ("POST", "tokenize"), ("POST", "detokenize"), ("POST", "inference/v1/generate"),
+        ("GET", "openapi.json"), ("POST", "collective_rpc"),
+    ],
+)  # fmt: skip
+def test_without_the_key_nothing_is_answered(packed: ServerProcess, method: str, path: str) -> None:
     for key in ({}, {"Authorization": "Bearer another"}):
-        answer = requests.get(f"{packed.job.url}/v1/models", headers=key, timeout=30)
+        url = f"{packed.job.url}/{path}"
+        answer = requests.request(method, url, headers=key, json=PROMPT, timeout=30)
         assert answer.status_code == 401
+        assert "choices" not in answer.text
+
+
+def test_health_and_metrics_ask_for_none(packed: ServerProcess) -> None:
+    for path in ("health", "metrics"):
+        assert requests.get(f"{packed.job.url}/{path}", timeout=30).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -93,7 +110,7 @@ def test_killed_and_started_again_it_serves(serve: Serve, smollm2: Path) -> None
 
 @pytest.mark.timeout(600)
 def test_preempted_requests_answer_the_same(serve: Serve, smollm2: Path, plan: Path) -> None:
-    """A pool of 9 blocks, prompts in chunks of 64 tokens, six requests that outgrow the pool."""
+    """A pool of 9 blocks, prompts in chunks of 64 tokens, five requests that outgrow the pool."""
     block = 30 * 3 * 128 * 70  # bytes: layers, heads, tokens, bytes of a token
     small = serve(
         smollm2, ServedCache("plan", plan), dtype=FINEST, context=512, pool=10 * block,
@@ -104,8 +121,14 @@ def test_preempted_requests_answer_the_same(serve: Serve, smollm2: Path, plan: P
     body |= {"ignore_eos": True, "logprobs": 2}
     answers = post(small, "completions", body).json()["choices"]
     assert metric(small, "num_preemptions_total") > 0
-    for text, answer in zip(prompt, answers, strict=True):
-        alone = completed(small, text, 300, ignore_eos=True, logprobs=2)
-        assert (gap_where_they_part(alone, answer["logprobs"]["tokens"]) or 0) < NEAR_TIE
+    gaps = [
+        gap_where_they_part(
+            completed(small, text, 300, ignore_eos=True, logprobs=2), answer["logprobs"]["tokens"]
+        )
+        for text, answer in zip(prompt, answers, strict=True)
+    ]
+    differing = [gap for gap in gaps if gap is not None]
+    assert all(gap < NEAR_TIE for gap in differing)
+    assert len(differing) <= 2  # of 1,500 tokens
     assert metric(small, "kv_cache_usage_perc") == 0
     small.stop()

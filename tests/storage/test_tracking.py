@@ -304,8 +304,8 @@ assert Tracker(RunFolder(root / name), log, default_uri(root), "both", name).flu
 
 def test_the_champion_before_is_one_step_away(mlflow_server, client) -> None:
     client.create_registered_model("crowned")
-    first, second = (
-        str(client.create_model_version("crowned", "s3://nowhere/model").version) for _ in range(2)
+    first, second, third = (
+        str(client.create_model_version("crowned", "s3://nowhere/model").version) for _ in range(3)
     )
     with pytest.raises(TrackingError, match="expected a champion of 'crowned' at"):
         roll_back(mlflow_server.uri, "crowned")
@@ -314,6 +314,12 @@ def test_the_champion_before_is_one_step_away(mlflow_server, client) -> None:
         roll_back(mlflow_server.uri, "crowned")
     crown(client, "crowned", second)
     crown(client, "crowned", second)  # a resumed run promotes again
+    assert roll_back(mlflow_server.uri, "crowned") == (second, first)
+    crown(client, "crowned", second)
+    crown(client, "crowned", third)
+    crown(client, "crowned", first)  # an event that was delivered late
+    crown(client, "crowned", third)
+    assert roll_back(mlflow_server.uri, "crowned") == (third, second)
     assert roll_back(mlflow_server.uri, "crowned") == (second, first)
     assert client.get_model_version_by_alias("crowned", "champion").version == first
     with pytest.raises(TrackingError, match="expected a champion of 'nobody'"):

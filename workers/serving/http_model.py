@@ -16,7 +16,7 @@ from stillhouse.workers.protocols import (
     Pair,
     ResponseLogp,
 )
-from stillhouse.workers.serving.server import ServeJob
+from stillhouse.workers.serving.serve_job import ServeJob
 
 if TYPE_CHECKING:
     from stillhouse.workers.models.language_model import TextCodec
@@ -76,7 +76,10 @@ class HttpModel:
             raise ModelError(f"the server at {self._job.url} does not answer: {error}") from error
         if not answer.ok:
             return Failed(f"server: {answer.status_code} {answer.text[:200]}")
-        found: dict[str, Any] = answer.json()
+        try:
+            found: dict[str, Any] = answer.json()
+        except ValueError as error:
+            raise ModelError(f"the server at {self._job.url} answers no JSON: {error}") from error
         return found
 
 
@@ -84,9 +87,12 @@ def _completion(answer: dict[str, Any] | Failed, prompt_tokens: int) -> Completi
     if isinstance(answer, Failed):
         return answer
     [choice] = answer["choices"]
+    finish = choice["finish_reason"]
+    if finish not in ("stop", "length"):
+        return Failed(f"server: the answer ended with {finish!r}")
     return Completion(
         choice["text"].strip(),
-        "length" if choice["finish_reason"] == "length" else "stop",
+        "length" if finish == "length" else "stop",
         answer["usage"]["completion_tokens"],
         prompt_tokens,
     )

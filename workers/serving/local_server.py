@@ -5,8 +5,9 @@ import socket
 
 from stillhouse.workers.cache import PLAN_FOLDER
 from stillhouse.workers.protocols import ServedSpec
+from stillhouse.workers.serving.serve_job import ServeJob
 from stillhouse.workers.serving.served_cache import PLAN, ServedCache
-from stillhouse.workers.serving.server import ServeJob
+from stillhouse.workers.serving.startable import most_context
 
 _POOL = 1 << 30  # bytes of cache: some hundred short questions at once
 
@@ -20,7 +21,8 @@ def local_job(spec: ServedSpec) -> ServeJob:
         cache=ServedCache(spec.cache, folder, spec.sinks),
         port=free_port(),
         key=secrets.token_urlsafe(32),
-        context=spec.context,
+        # What is longer fails alone, as it does in process.
+        context=min(spec.context, most_context(spec.folder) or spec.context),
         dtype=spec.dtype,
         pool=_POOL,
         eager=True,

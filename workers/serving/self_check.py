@@ -8,6 +8,7 @@ Shape suffixes: T tokens, Q query heads, H key/value heads, D head size.
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -115,7 +116,7 @@ class Check:
         one, two = (query.shape[0] for query, *_ in self.states)
         block = self.layer.layout.pages.tokens
         ends = [(0, 0), (block - 5, 2), (one - 2, two - 2), (one - 1, two - 1), (one, two)]
-        errors = [self._step_error(*pair) for pair in zip(ends, ends[1:], strict=False)]
+        errors = [self._step_error(*pair) for pair in pairwise(ends)]
         return float(torch.cat(errors).max())
 
     def stored_wrongly(self) -> float:
@@ -147,7 +148,8 @@ class Check:
         out = torch.empty_like(query)
         self.layer.attend(query, self.blocks, step, out)
         exact = torch.cat([self._reference(r, *spans[r]) for r in (0, 1)])
-        return (out.double() - exact).norm(dim=-1) / exact.norm(dim=-1)
+        error: Tensor = (out.double() - exact).norm(dim=-1) / exact.norm(dim=-1)
+        return error
 
     def _slots(self, r: int, first: int, end: int) -> Tensor:
         block = self.layer.layout.pages.tokens
@@ -177,7 +179,7 @@ class Check:
         codec = layer.codecs[number]
         packed_HTP, scalars_HT = read_vectors(self.blocks[number], half, slots)
         if scalars_HT is None:
-            found = stored_vectors(codec, self.blocks[number], half, slots).double()
+            found: Tensor = stored_vectors(codec, self.blocks[number], half, slots).double()
         else:
             record = PackedVectors(packed_HTP[None], scalars_HT[None])
             found = codec.decode_reference(record)[0].double()

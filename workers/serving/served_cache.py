@@ -53,7 +53,12 @@ class ServedCache:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "ServedCache":
-        """From what `settings` gave."""
+        """From what `settings` gave; ModelError for anything else."""
+        names = {"format", "folder", "sinks"}
+        if "format" not in settings or set(settings) - names:
+            raise ModelError(
+                f"cache: expected settings of {sorted(names)}, found {settings!r:.200}"
+            )
         folder = settings.get("folder")
         return cls(settings["format"], folder and Path(folder), settings.get("sinks", 0))
 

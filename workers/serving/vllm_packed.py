@@ -1,5 +1,6 @@
 """What our attention backends of vLLM share: a step's metadata, and a layer's way to its blocks."""
 
+import sys
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from stillhouse.kernels.turboquant import to_half
 from stillhouse.workers.serving.layout import Blocks
 from stillhouse.workers.serving.packed_layer import PackedLayer
 from stillhouse.workers.serving.self_check import require_right
+from stillhouse.workers.serving.server import SERVES_PACKED
 from stillhouse.workers.serving.step import Step
 from stillhouse.workers.serving.vllm_config import require_layers, served_cache
 
@@ -48,6 +50,9 @@ class PackedBuilder(AttentionMetadataBuilder[PackedMetadata]):
         layers = config.compilation_config.static_forward_context
         for name in names:
             layers[name].impl.require_bytes(name, spec)
+        # Waited for by who started the engine (`server.ServerProcess`).
+        sys.stderr.write(f"{SERVES_PACKED} in {len(names)} layers\n")
+        sys.stderr.flush()
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
