@@ -5,7 +5,6 @@ import signal
 import stat
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -79,23 +78,23 @@ def serve(smollm2: Path, environment: None, tmp_path: Path) -> Iterator[Serve]:
     yield start
     for command in started:
         command.process.kill()
-        command.process.wait()
+        command.process.communicate()
 
 
 @pytest.mark.timeout(600)
 def test_told_to_stop_it_finishes_what_is_under_way(serve: Serve) -> None:
     command = serve("--log-prompts")
-    pieces: list[str] = []
-    name = command.client.model()
-    asking = threading.Thread(
-        target=lambda: pieces.extend(command.client.complete(name, "A logged sentence.", 200))
-    )
-    asking.start()
-    while not pieces:
-        time.sleep(0.05)
-    command.process.send_signal(signal.SIGTERM)
-    asking.join(END)
-    assert len(pieces) > 50  # more than were there when it was told
+    body = {"model": command.client.model(), "prompt": "A logged sentence.", "stream": True}
+    body |= {"max_tokens": 200, "ignore_eos": True, "temperature": 0}
+    url, key = f"http://127.0.0.1:{command.port}/v1/completions", command.client.key
+    headers = {"Authorization": f"Bearer {key}"}
+    with requests.post(url, json=body, headers=headers, stream=True, timeout=END) as answer:
+        lines = filter(None, answer.iter_lines())
+        early = [next(lines) for _ in range(3)]
+        command.process.send_signal(signal.SIGTERM)
+        pieces = [*early, *lines]
+    assert pieces[-1] == b"data: [DONE]"
+    assert len(pieces) == 200 + 1
     assert command.process.wait(END) == 0
     assert not is_healthy(command.port)
     assert "A logged sentence." in command.log.read_text(errors="replace")
