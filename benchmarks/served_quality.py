@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from benchmarks.serving import machine
+from benchmarks.serving import machine, pool_tokens
 from stillhouse.pipelines.cache_quality import text_source
 from stillhouse.workers.batching import pad_right
 from stillhouse.workers.cache import CachePlan, FittedScheme, TurboQuantCache
@@ -177,9 +177,7 @@ def served(
     """Next-token log-probabilities, float64 [N, V], and how many tokens the pool holds."""
     with server_of(asked, folder, cache) as server:
         rows = [answer(server, ids) for ids in prompts]
-        metrics = requests.get(f"{server.job.url}/metrics", timeout=30).text
-    [pool] = re.findall(r'kv_cache_size_tokens="(\d+)"', metrics)
-    return torch.stack(rows), int(pool)
+        return torch.stack(rows), pool_tokens(server)
 
 
 @contextmanager

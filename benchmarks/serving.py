@@ -152,8 +152,6 @@ def load(
 
 def row_of(cache: str, concurrency: int, found: dict[str, Any], server: ServerProcess) -> Row:
     """One line of the table."""
-    metrics = requests.get(f"{server.job.url}/metrics", timeout=30).text
-    [pool] = re.findall(r'kv_cache_size_tokens="(\d+)"', metrics)
     return Row(
         cache=cache,
         concurrency=concurrency,
@@ -162,9 +160,16 @@ def row_of(cache: str, concurrency: int, found: dict[str, Any], server: ServerPr
         output_tokens_per_second=found["output_throughput"],
         ttft_ms=found["median_ttft_ms"],
         tpot_ms=found["median_tpot_ms"],
-        pool_tokens=int(pool),
+        pool_tokens=pool_tokens(server),
         peak_bytes=peak_bytes(server.pid),
     )
+
+
+def pool_tokens(server: ServerProcess) -> int:
+    """Tokens that the cache holds, as the engine reports it."""
+    metrics = requests.get(f"{server.job.url}/metrics", timeout=30).text
+    [found] = re.findall(r'kv_cache_size_tokens="(\d+)"', metrics)
+    return int(found)
 
 
 def peak_bytes(group: int) -> int:

@@ -1,4 +1,4 @@
-"""`stillhouse serve` as a user has it: told to stop, killed, asked to log."""
+"""`stillhouse serve` as a user has it: compiled, told to stop, killed, asked to log."""
 
 import os
 import signal
@@ -63,7 +63,7 @@ def serve(smollm2: Path, environment: None, tmp_path: Path) -> Iterator[Serve]:
 
     def start(*options: str, port: int | None = None) -> Command:
         port = port or free_port()
-        words = ["--port", str(port), "--cache", "k4v4", "--cache-gib", "0.2", "--eager",
+        words = ["--port", str(port), "--cache", "k4v4", "--cache-gib", "0.2",
                  "--max-context", "1024", *options]  # fmt: skip
         process = subprocess.Popen(
             [sys.executable, "-m", "stillhouse", "serve", str(smollm2), *words],
@@ -105,7 +105,7 @@ def test_told_to_stop_it_finishes_what_is_under_way(serve: Serve) -> None:
 
 @pytest.mark.timeout(600)
 def test_killed_its_engine_ends_and_the_port_is_free_again(serve: Serve) -> None:
-    command = serve()
+    command = serve("--eager")
     name = command.client.model()
     said = "".join(command.client.complete(name, "One, two, three,", 4))
     command.process.send_signal(signal.SIGKILL)
@@ -113,5 +113,5 @@ def test_killed_its_engine_ends_and_the_port_is_free_again(serve: Serve) -> None
     while is_healthy(command.port):
         assert time.monotonic() - killed < END
         time.sleep(0.5)
-    again = serve(port=command.port)
+    again = serve("--eager", port=command.port)
     assert "".join(again.client.complete(name, "One, two, three,", 4)) == said

@@ -32,7 +32,7 @@ class GpuLayer(PackedLayer):
         packed, seen = step.single_ranges(self.layout.sinks, self.window)
         raw = None
         if self.layout.sinks:
-            sinks_BH2SD = blocks.sinks_NH2SD[table_BW[:, 0].long()].to(query_BHGD.dtype)
+            sinks_BH2SD = blocks.sinks_NH2SD[step.single_firsts].to(query_BHGD.dtype)
             key, value = (sinks_BH2SD[:, :, number].contiguous() for number in (0, 1))
             raw = RawTokens(key, value, *ends_of([ends[:2] for ends in seen], device))
         out_BHGD, _ = self._decoder(device).attend(

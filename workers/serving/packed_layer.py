@@ -14,7 +14,7 @@ from torch import Tensor
 from stillhouse.kernels.paged_attention import HalfPage, read_vectors
 from stillhouse.kernels.turboquant import Fp8Vectors, PackedVectors
 from stillhouse.workers.serving.layout import BlockLayout, Blocks
-from stillhouse.workers.serving.step import Piece, Step, pieces
+from stillhouse.workers.serving.step import Piece, Step, pieces, slots_of
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,7 @@ class PackedLayer(ABC):
         [1, H, R, D]."""
         block, end = self.layout.pages.tokens, piece.end
         first = min(max(piece.first, self.layout.sinks), end)
-        own_T = torch.arange(first, end, device=table_W.device)
-        slots_T = table_W.long()[own_T // block] * block + own_T % block
+        slots_T = slots_of(table_W, first, end, block)
         sinks_H2SD = blocks.sinks_NH2SD[table_W[0].long()][:, :, piece.hidden : end].float()
         halves = self.layout.pages.key, self.layout.pages.value
         found = []

@@ -19,7 +19,7 @@ from stillhouse.kernels.paged_attention import HalfPage, read_vectors
 from stillhouse.kernels.turboquant import Fp8Codec, PackedVectors, to_half
 from stillhouse.workers.serving.layout import Blocks
 from stillhouse.workers.serving.packed_layer import PackedLayer, stored_vectors
-from stillhouse.workers.serving.step import Step
+from stillhouse.workers.serving.step import Step, slots_of
 
 # A wrong page, scale or mask costs 1e-2 and more.
 WITHIN = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 8e-3}
@@ -152,9 +152,7 @@ class Check:
         return error
 
     def _slots(self, r: int, first: int, end: int) -> Tensor:
-        block = self.layer.layout.pages.tokens
-        place = torch.arange(first, end, device=self.table_RW.device)
-        return self.table_RW[r].long()[place // block] * block + place % block
+        return slots_of(self.table_RW[r], first, end, self.layer.layout.pages.tokens)
 
     def _reference(self, r: int, first: int, end: int) -> Tensor:
         """Attention of the tokens [first, end) over what is stored of all, float64 [T, Q, D]."""

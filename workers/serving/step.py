@@ -43,6 +43,13 @@ def pieces(first: int, end: int, sinks: int, window: int) -> Iterator[Piece]:
         first = stop
 
 
+def slots_of(table_W: Tensor, first: int, end: int, block: int) -> Tensor:
+    """int64: where the tokens [first, end) of a sequence with these blocks are stored."""
+    place = torch.arange(first, end, device=table_W.device)
+    slots: Tensor = table_W.long()[place // block] * block + place % block
+    return slots
+
+
 @dataclass(frozen=True)
 class Step:
     """starts: the first row of each request's tokens among the step's, and the end of the last.
