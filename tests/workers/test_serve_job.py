@@ -107,7 +107,12 @@ def test_a_context_that_nobody_knows(tmp_path: Path) -> None:
 
 
 def answered(path: str, headers: list[tuple[bytes, bytes]], **scope: Any) -> int:
-    """The status that the middleware gives, before an application that always gives 200."""
+    """The status that the middleware gives."""
+    return int(messages(path, headers, **scope)[0]["status"])
+
+
+def messages(path: str, headers: list[tuple[bytes, bytes]], **scope: Any) -> list[Any]:
+    """What it sends, before an application that always gives 200."""
     sent: list[Any] = []
 
     async def application(_scope: Any, _receive: Any, send: Any) -> None:
@@ -121,7 +126,7 @@ def answered(path: str, headers: list[tuple[bytes, bytes]], **scope: Any) -> int
 
     found = {"type": "http", "method": "POST", "path": path, "headers": headers} | scope
     asyncio.run(RequireKey(application)(found, receive, send))
-    return int(sent[0]["status"])
+    return sent
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/invocations", "/tokenize", "/", "/healthy"])
@@ -139,3 +144,9 @@ def test_but_for_health_and_metrics(path: str, monkeypatch: pytest.MonkeyPatch) 
     assert answered(path, []) == 200
     assert answered("/root" + path, [], root_path="/root") == 200
     assert answered("/v1/models", [], method="OPTIONS") == 200
+
+
+def test_a_socket_without_the_key_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    sent = messages("/v1/realtime", [], type="websocket")
+    assert sent == [{"type": "websocket.close", "code": 1008}]

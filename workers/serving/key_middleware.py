@@ -4,10 +4,21 @@ Named on vLLM's command line (`--middleware`); the key is in the engine's enviro
 """
 
 import hashlib
+import json
 import os
 import secrets
 from typing import Any
 
+_ERROR = {"message": "expected the API key, found another or none", "code": 401}
+_BODY = json.dumps({"error": _ERROR}).encode()
+_HEADERS = [(b"content-type", b"application/json"), (b"content-length", str(len(_BODY)).encode())]
+_REFUSAL: dict[str, list[dict[str, Any]]] = {
+    "http": [
+        {"type": "http.response.start", "status": 401, "headers": _HEADERS},
+        {"type": "http.response.body", "body": _BODY},
+    ],
+    "websocket": [{"type": "websocket.close", "code": 1008}],  # policy violation, RFC 6455
+}
 OPEN = ("/health", "/ping", "/metrics")  # what a load balancer and Prometheus ask for
 KEY = "VLLM_API_KEY"
 
@@ -20,13 +31,11 @@ class RequireKey:
         self._digest = _digest(os.environ[KEY].encode())
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answers, or lets the request pass."""
-        from starlette.responses import JSONResponse
-
+        """Refuses, or lets the request pass."""
         asked = scope["type"] in ("http", "websocket") and scope.get("method") != "OPTIONS"
         if asked and not self._is_open(scope) and not self._fits(scope):
-            error = {"message": "expected the API key, found another or none", "code": 401}
-            await JSONResponse({"error": error}, status_code=401)(scope, receive, send)
+            for message in _REFUSAL[scope["type"]]:
+                await send(message)
             return
         await self._app(scope, receive, send)
 

@@ -108,6 +108,7 @@ class PackedImpl(PlannedImpl):
     served, and for layers in 16 bits."""
 
     kind: ClassVar[type[PackedLayer]]
+    _checked: ClassVar[dict[Any, PackedLayer]] = {}
     packed: PackedLayer | None = None
     _views: tuple[Tensor, Blocks] | None = None
 
@@ -151,15 +152,24 @@ class PackedImpl(PlannedImpl):
             max(self.sliding_window or 0, 0),
         )
         self._half = to_half(torch.empty(0, dtype=dtype)).dtype
-        # What states are served in, for which kernels are compiled here, too: a request would wait.
-        # And what shows the smallest mistakes.
-        exact = (torch.float32,) if self.kind.takes_float32 else ()
-        for checked in {dtype, *exact}:
-            require_right(self.packed, self.num_kv_heads, name, checked, device)
+        self._check(name, dtype, device)
         size = found.layout.token_bytes
         parts = {"token_bytes": size, "block": block, "__module__": __name__}
         bases = (LayerBackend, module.attn_backend)
         module.attn_backend = type(f"Packed{size}Backend", bases, parts)
+
+    def _check(self, name: str, dtype: torch.dtype, device: torch.device) -> None:
+        """In what is served, for which kernels are compiled here, too: a request would wait; and in
+        what shows the smallest mistakes. Layers that are alike are checked once."""
+        layer = self.packed
+        assert layer is not None
+        how = (*map(id, layer.codecs), layer.layout, layer.group, layer.scaling, layer.softcap)
+        exact = (torch.float32,) if self.kind.takes_float32 else ()
+        for checked in {dtype, *exact}:
+            key = (*how, layer.window, self.num_kv_heads, checked)
+            if key not in self._checked:
+                require_right(layer, self.num_kv_heads, name, checked, device)
+                self._checked[key] = layer  # which keeps the codecs, and so their ids
 
     def require_bytes(self, name: str, spec: Any) -> None:
         """ModelError unless the engine's blocks have the bytes that the layer's tokens take."""
