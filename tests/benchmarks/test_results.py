@@ -80,3 +80,9 @@ def test_a_step_over_4_bits_takes_hardly_longer_than_over_16_and_less_at_full_le
     assert ratios[1024] <= 1.15
     assert max(ratios) >= 8176
     assert ratios[max(ratios)] < 1
+
+
+def test_a_served_cache_of_4_bits_costs_little_and_holds_more_than_three_and_a_half_times() -> None:
+    rows = result("served-quality-smollm2-135m")["rows"]
+    assert len(rows) >= 3
+    assert all(row["served_kl"] <= 0.03 and row["pool_ratio"] >= 3.6 for row in rows)
