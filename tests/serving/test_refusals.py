@@ -9,6 +9,7 @@ import pytest
 
 from stillhouse.errors import ConfigError, ModelError
 from stillhouse.workers.cache import CachePlan
+from stillhouse.workers.serving import serve_job
 from stillhouse.workers.serving.plugin import register
 from stillhouse.workers.serving.served_cache import ServedCache
 from stillhouse.workers.serving.server import ServerProcess
@@ -79,6 +80,19 @@ def test_an_option_that_does_not_go_with_the_cache_is_named(start: Started) -> N
     server = start(extra=("--kv-cache-dtype", "fp8"))
     with pytest.raises(ModelError, match="does not go with --kv-cache-dtype fp8"):
         server.wait_until_ready()
+
+
+@pytest.mark.timeout(300)
+def test_an_engine_that_has_not_loaded_the_plugin_is_ended(
+    start: Started, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would serve 16 bits and say nothing."""
+    monkeypatch.setattr(serve_job, "PLUGIN", "")
+    monkeypatch.setenv("VLLM_PLUGINS", "nobody")
+    server = start()
+    with pytest.raises(ModelError, match="expected the engine to load the plugin"):
+        server.wait_until_ready()
+    assert not server.is_healthy()
 
 
 def test_the_plugin_may_be_loaded_twice() -> None:
