@@ -128,10 +128,9 @@ class RecipeConfig(Config):
     @model_validator(mode="after")
     def _a_server_has_the_cache(self) -> Self:
         cache = self.compress
-        most = max(cache.key_bits, cache.value_bits)
         scalars = (cache.key_scalar, cache.value_scalar, cache.seed)
-        plain = cache.calibrate or scalars == ("unbiased", "least_squares", 0)
-        if self.deploy.engine == "vllm" and (cache.recent or most > 5 or not plain):
+        served = cache.has_served_form if cache.calibrate else cache.is_served_unfitted
+        if self.deploy.engine == "vllm" and not served:
             raise ValueError(
                 "deploy.engine: vllm serves a calibrated cache, or 1 to 5 bits with the scalars "
                 "and the seed that are the default, and no recent tokens; found "

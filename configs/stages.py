@@ -142,6 +142,17 @@ class CompressConfig(Config):
     budget_kl: float | None = Field(None, gt=0)  # nats a token, on training texts kept apart
     max_kl: float | None = Field(0.25, gt=0)  # gate, nats a token, on held-out texts
 
+    @property
+    def is_served_unfitted(self) -> bool:
+        """Whether servers have the codec of these bits, scalars and seed, nothing fitted."""
+        scalars = (self.key_scalar, self.value_scalar, self.seed)
+        return self.has_served_form and scalars == ("unbiased", "least_squares", 0)
+
+    @property
+    def has_served_form(self) -> bool:
+        """Whether servers have caches of so many bits, and of such windows."""
+        return max(self.key_bits, self.value_bits) <= 5 and not self.recent
+
     @model_validator(mode="after")
     def _one_group_is_of_a_fitted_cache(self) -> Self:
         bits = (self.key_bits, self.value_bits)

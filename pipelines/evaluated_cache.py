@@ -8,9 +8,9 @@ def evaluated_cache(config: CompressConfig, has_plan: bool) -> str:
     """`plan`, or `kAvB` where nothing was fitted; ConfigError for codecs that no server has."""
     if has_plan:
         return "plan"
-    scalars = (config.key_scalar, config.value_scalar, config.seed)
     bits = (config.key_bits, config.value_bits)
-    if scalars != ("unbiased", "least_squares", 0) or max(bits) > 5 or config.recent:
+    if not config.is_served_unfitted:
+        scalars = (config.key_scalar, config.value_scalar, config.seed)
         raise ConfigError(
             "expected a cache that servers have: a fitted one, or 1 to 5 bits with the scalars and "
             f"the seed that are the default and no recent tokens; found {bits} bits, {scalars}, "

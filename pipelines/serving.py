@@ -15,7 +15,7 @@ from stillhouse.workers.cache import PLAN_FOLDER
 from stillhouse.workers.models.cache_folder import default_cache_root
 from stillhouse.workers.models.model_folder import MANIFEST, read_json
 from stillhouse.workers.models.store import ModelStore
-from stillhouse.workers.serving.serve_job import ServeJob
+from stillhouse.workers.serving.serve_job import ServeJob as ServeJob
 from stillhouse.workers.serving.serve_job import server_url as server_url
 from stillhouse.workers.serving.served_cache import HALF, PLAN, ServedCache
 from stillhouse.workers.serving.server import ServerProcess

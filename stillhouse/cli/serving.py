@@ -12,7 +12,7 @@ from stillhouse.cli.runs import find_run
 from stillhouse.errors import ConfigError
 
 if TYPE_CHECKING:
-    from stillhouse.pipelines.serving import RunningServer, ServedModel
+    from stillhouse.pipelines.serving import RunningServer, ServedModel, ServeJob
 
 Port = Annotated[int, typer.Option(min=1, max=65535, help="The port.")]
 KeyFile = Annotated[
@@ -57,12 +57,7 @@ def serve(
     ] = False,
 ) -> None:
     """Serve a student, or any model, behind an OpenAI-compatible API."""
-    from stillhouse.pipelines.serving import (
-        ServeOptions,
-        ask_server,
-        default_key_file,
-        start_server,
-    )
+    from stillhouse.pipelines.serving import ServeOptions, ask_server, default_key_file
 
     if no_api_key and api_key_file is not None:
         raise ConfigError("serve: expected --api-key-file or --no-api-key, found both")
@@ -70,14 +65,20 @@ def serve(
     options = ServeOptions(
         host, port, key_file, cache, max_context, dtype, cache_gib, drain, log_prompts, eager
     )
-    job = ask_server(_served(what), options)
+    _serve_until_told(ask_server(_served(what), options), key_file)
+
+
+def _serve_until_told(job: "ServeJob", key_file: Path | None) -> None:
+    """From its start to its end, with what a user has to know."""
+    from stillhouse.pipelines.serving import start_server
+
     server = start_server(job)
     print(f"{job.name}: cache {job.cache.format}, log {server.log}", file=sys.stderr)
     with _passing_signals(server):
         server.wait_until_ready(waiting=_dot)
         print(f"\nserving at {job.url}/v1", file=sys.stderr)
         if key_file is not None:
-            print(f"key: in {key_file}; try: stillhouse chat --port {port}", file=sys.stderr)
+            print(f"key: in {key_file}; try: stillhouse chat --port {job.port}", file=sys.stderr)
         code = server.wait()
     if code:
         print(f"stillhouse: the server ended with {server.complaint()}", file=sys.stderr)

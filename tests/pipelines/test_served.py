@@ -1,11 +1,9 @@
 """The served copy answers the evaluation again; only one that says the same is promoted."""
 
-from importlib.util import find_spec
-
 import pytest
 
 from stillhouse.errors import ConfigError
-from stillhouse.pipelines.local import local_runner
+from stillhouse.pipelines import local
 from stillhouse.workers.protocols import Failed
 from stillhouse.workers.scripted import Script
 from tests.pipelines.conftest import Line, Notes, code_of
@@ -66,7 +64,9 @@ def test_a_cache_that_no_server_has_is_refused(served: Line) -> None:
             _ = served.recipe
 
 
-@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is here")
-def test_an_engine_that_is_not_there_is_said_at_the_start(served: Line) -> None:
+def test_an_engine_that_is_not_there_is_said_at_the_start(
+    served: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "find_spec", lambda _name: None)
     with pytest.raises(ConfigError, match=r"deploy\.engine: expected vLLM, found none"):
-        local_runner(served.recipe)
+        local.local_runner(served.recipe)
