@@ -51,9 +51,16 @@ class TemplateConfig(Config):
 
 
 class DataConfig(Config):
-    """The data of a run. `private` is read by `specialize` and the ceiling arm alone."""
+    """The data of a run. `private` is read by `specialize` and the ceiling arm alone.
 
+    `seeds` are some prompts (5 to 50) known to be of the speciality, `pool` may hold anything.
+    `controls` are prompts that are not of it: they are scored so that thresholds can be
+    calibrated against them, and never selected.
+    """
+
+    seeds: tuple[PoolConfig, ...] = ()
     pool: tuple[PoolConfig, ...] = ()
+    controls: tuple[PoolConfig, ...] = ()
     private: PairsConfig | None = None
     questions: PairsConfig  # held-out: evaluation only
     template: TemplateConfig = TemplateConfig()

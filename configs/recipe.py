@@ -7,15 +7,15 @@ from pydantic import Field, field_validator, model_validator
 
 from stillhouse.configs.base import Config, knob
 from stillhouse.configs.data import DataConfig, ModelsConfig
+from stillhouse.configs.expand import ExpandConfig
+from stillhouse.configs.select import SelectConfig
 from stillhouse.configs.stages import (
     CompressConfig,
     CurateConfig,
     DeployConfig,
     DistillConfig,
     EvaluateConfig,
-    ExpandConfig,
     ScoreConfig,
-    SelectConfig,
     SpecializeConfig,
 )
 
@@ -93,19 +93,36 @@ class RecipeConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _pool_is_not_empty(self) -> Self:
-        if not self.data.pool:
-            raise ValueError("data.pool: expected at least one source of prompts, found none")
+    def _there_are_prompts(self) -> Self:
+        if not self.data.pool and not self.data.seeds:
+            raise ValueError(
+                "data.pool, data.seeds: expected at least one source of prompts, found none"
+            )
         return self
 
     @model_validator(mode="after")
     def _each_generator_has_work(self) -> Self:
-        names, count = self.expand.generators, self.expand.prompts_per_round
-        if len(set(names)) != len(names) or not names:
-            raise ValueError(f"expand.generators: expected different names, found {list(names)}")
+        names = [generator.name for generator in self.expand.generators]
+        count = self.expand.prompts_per_round
+        if len(set(names)) != len(names):
+            raise ValueError(f"expand.generators: expected different ones, found {names}")
         if count < len(names):
             raise ValueError(
                 f"expand.prompts_per_round: {count} cannot be shared by {len(names)} generators"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _signals_are_measured(self) -> Self:
+        if "target_weakness" in self.select.signals() and not self.score.target:
+            raise ValueError("select: target_weakness needs score.target=true")
+        asking = [c.signal for c in self.select.criteria if c.controls is not None]
+        asking += ["controlled_gap"] if "controlled_gap" in self.select.signals() else []
+        if asking and not self.data.controls:
+            raise ValueError(
+                f"select: {asking[0]} is measured against control prompts; name some that are not "
+                "of the speciality under data.controls, such as "
+                "builtin:elsewhere?split=pool&count=200"
             )
         return self
 

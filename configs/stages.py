@@ -40,40 +40,21 @@ class SpecializeConfig(TrainConfig):
 
 
 class DistillConfig(TrainConfig):
-    """Trains the target on the corpus."""
+    """Trains the target on the corpus.
+
+    `token_share` < 1 trains on that share of each answer's tokens, those with the largest excess
+    log p_specialist - log p_base (TiTok, arXiv:2510.04682), and on its end.
+    """
+
+    token_share: float = Field(1.0, gt=0, le=1)
 
 
 class ScoreConfig(Config):
-    """The specialist answers; specialist and base score the answer."""
+    """The specialist answers; specialist and base score the answer, and with `target` it too."""
 
     max_new_tokens: int = Field(16, ge=1)
+    target: bool = False  # for the signal `target_weakness`
     stop: StopStrings = ("\n",)
-    batch_size: int = knob(32, ge=1)
-
-
-class SelectConfig(Config):
-    """Which scored answers are special (TuneShift-KD §3: PPL_base / PPL_specialist >= tau)."""
-
-    tau: float = Field(1.5, gt=0)
-    min_confidence: float | None = Field(None, le=0)  # mean log-probability, nats
-    budget: int | None = Field(None, ge=1)  # of the pool; `expand` has its own bounds
-    max_per_answer: int | None = Field(None, ge=1)  # diversity: of one answer, in each round
-
-
-class ExpandConfig(Config):
-    """New prompts in the likeness of the selected ones, in rounds."""
-
-    rounds: int = Field(2, ge=0, le=99)  # two digits in the names of shards, which sort by them
-    prompts_per_round: int = Field(64, ge=1)  # shared evenly by the generators
-    enough: int | None = Field(None, ge=1)  # stop once so many new prompts were kept
-    min_yield: float = Field(0.0, ge=0, le=1)  # stop after a round that keeps a smaller share
-    generators: tuple[Literal["few_shot", "mutate"], ...] = Field(
-        ("few_shot", "mutate"), min_length=1
-    )  # each makes an equal share of a round
-    shots: int = Field(6, ge=1)
-    temperature: float = Field(0.9, gt=0)
-    max_new_tokens: int = Field(32, ge=1)
-    seed: int = 0
     batch_size: int = knob(32, ge=1)
 
 

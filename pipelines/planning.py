@@ -1,5 +1,6 @@
 """What a run would do, and how far one is, without doing anything."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from stillhouse.pipelines.estimates import Estimate, estimate
@@ -7,7 +8,8 @@ from stillhouse.pipelines.last_start import last_start, read_keys
 from stillhouse.pipelines.runner import Runner
 from stillhouse.storage.layout import RunFolder
 from stillhouse.storage.lock import holder_of
-from stillhouse.storage.manifest import Manifest
+from stillhouse.storage.manifest import Manifest, stage_files
+from stillhouse.storage.records import RoundRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +24,12 @@ class StagePlan:
 
 @dataclass(frozen=True, slots=True)
 class RunStatus:
-    """A run's stages, and who holds it."""
+    """A run's stages, who holds it, and the rounds of `expand` so far."""
 
     name: str
     holder: str | None
     stages: tuple[StagePlan, ...]
+    rounds: tuple[RoundRecord, ...] = ()
 
 
 def plan_run(runner: Runner) -> list[StagePlan]:
@@ -51,7 +54,20 @@ def read_status(folder: RunFolder) -> RunStatus:
     holder = holder_of(folder)
     who = f"run by process {holder.pid} on {holder.host}" if holder else None
     stages = tuple(_plan(manifest, name, key) for name, key in keys.items())
-    return RunStatus(folder.root.name, who, stages)
+    return RunStatus(folder.root.name, who, stages, _rounds(folder, manifest, keys))
+
+
+def _rounds(
+    folder: RunFolder, manifest: Manifest, keys: Mapping[str, str]
+) -> tuple[RoundRecord, ...]:
+    files = stage_files(manifest, keys).get("expand", ())
+    rounds = [file for file in files if file.table == RoundRecord.TABLE]
+    if not rounds:
+        return ()
+    from stillhouse.storage.shards import read_rows
+
+    rows = (row for file in rounds for row in read_rows(folder, file, RoundRecord))
+    return tuple(sorted(rows, key=lambda row: row.round))
 
 
 def _plan(manifest: Manifest, stage: str, key: str) -> StagePlan:

@@ -6,8 +6,11 @@ selected prompts are made of, and covers what a small model never thinks of
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice, zip_longest
+
+from stillhouse.pipelines.forms import mine
 
 JOIN = ", "
 
@@ -56,29 +59,56 @@ def _list_prompt(seeds: Sequence[Seed]) -> str:
     return f"More of the same kind:\n{lines}\n-"
 
 
-def mutate(seeds: Sequence[Seed], count: int, random_seed: str) -> list[Proposal]:
-    """Cross the head of one seed with the tail of another that has the same answer.
+def mutate(
+    seeds: Sequence[Seed], count: int, random_seed: str, further: Sequence[str] = ()
+) -> list[Proposal]:
+    """Recombine seeds: their forms with each other's fillers, and heads with tails, in turn.
 
-    Texts are cut at commas. Up to `count` different texts that are not seeds; fewer where the
-    seeds allow no more.
+    `further` texts lend fillers. Up to `count` different texts that are none of either; fewer
+    where the seeds allow no more.
     """
     source = random.Random(random_seed)
+    known = {seed.text for seed in seeds} | set(further)
+    made = (_refilled(seeds, further, source), _crossed(seeds, count, source))
+    both = chain.from_iterable(zip_longest(*made))
+    return list(islice(_new(both, known), count))
+
+
+def _new(proposals: Iterator[Proposal | None], known: set[str]) -> Iterator[Proposal]:
+    for proposal in proposals:
+        if proposal is not None and proposal.text not in known:
+            known.add(proposal.text)
+            yield proposal
+
+
+def _refilled(
+    seeds: Sequence[Seed], further: Sequence[str], source: random.Random
+) -> Iterator[Proposal]:
+    """Each form once with one filler, then each with another, until all are through."""
+    mined = mine([seed.text for seed in seeds], further)
+    forms = list(mined.forms)
+    source.shuffle(forms)
+    turns = [source.sample(fillers, len(fillers)) for fillers in mined.fillers]
+    for turn in range(max(map(len, turns), default=0)):
+        for place, form in enumerate(forms):
+            fillers = turns[form.kind]
+            if turn < len(fillers):
+                # Not the same filler for every form of a turn.
+                text = form.filled(fillers[(turn + place) % len(fillers)])
+                yield Proposal(seeds[form.place].prompt_id, text)
+
+
+def _crossed(seeds: Sequence[Seed], count: int, source: random.Random) -> Iterator[Proposal]:
+    """The head of one seed with the tail of another that has the same answer, cut at commas."""
     parts = {seed.prompt_id: seed.text.split(JOIN) for seed in seeds}
     groups = _by_answer([seed for seed in seeds if len(parts[seed.prompt_id]) > 1])
     crossable = [group for group in groups.values() if len(group) > 1]
     weights = [len(group) for group in crossable]
-    known = {seed.text for seed in seeds}
-    proposals: list[Proposal] = []
     for _ in range(20 * count if crossable else 0):
-        if len(proposals) == count:
-            break
         [group] = source.choices(crossable, weights)
         head, tail = source.sample(group, 2)
         text = _cross(parts[head.prompt_id], parts[tail.prompt_id], source)
-        if text not in known:
-            known.add(text)
-            proposals.append(Proposal(head.prompt_id, text))
-    return proposals
+        yield Proposal(head.prompt_id, text)
 
 
 def _by_answer(seeds: Sequence[Seed]) -> dict[str, list[Seed]]:

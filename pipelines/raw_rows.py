@@ -6,7 +6,7 @@ from dataclasses import replace
 from stillhouse.pipelines.stage_run import StageRun
 from stillhouse.pipelines.text import split_of
 from stillhouse.storage.manifest import Counts
-from stillhouse.storage.records import PromptRecord, RawRecord, content_id
+from stillhouse.storage.records import PromptRecord, RawRecord, Role, content_id
 
 
 def mark_too_long(run: StageRun, rows: Sequence[RawRecord]) -> list[RawRecord]:
@@ -34,6 +34,7 @@ def prompts_of(rows: Sequence[RawRecord], round_: int, heldout_percent: int) -> 
             text=row.text,
             rendered=row.rendered,
             origin=row.origin,
+            role=_role(row),
             split=split_of(row.text, heldout_percent),
             round=round_,
             parent_id=row.parent_id,
@@ -43,6 +44,12 @@ def prompts_of(rows: Sequence[RawRecord], round_: int, heldout_percent: int) -> 
         )
         for row in rows
     ]
+
+
+def _role(row: RawRecord) -> Role:
+    if row.kind == "question":
+        raise ValueError(f"{row.locator}: expected a prompt, found a question")
+    return row.kind
 
 
 def raw_counts(rows: Sequence[RawRecord]) -> Counts:

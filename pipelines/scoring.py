@@ -1,7 +1,7 @@
 """The specialist answers, both models score: shared by `score` and by each round of `expand`."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -13,9 +13,19 @@ from stillhouse.storage.records import (
     PromptRecord,
     ScoreRecord,
     Status,
+    TargetScoreRecord,
     content_id,
 )
-from stillhouse.workers.protocols import Completion, Decoding, Failed, Pair, PairLogp, PairWorker
+from stillhouse.workers.protocols import (
+    Completion,
+    Decoding,
+    Failed,
+    ModelWorker,
+    Pair,
+    PairLogp,
+    PairWorker,
+    ResponseLogp,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +71,28 @@ def score_prompts(
     return Scored([completion for completion, _ in answered], scores, _tokens(answers, logps))
 
 
+def score_under_target(
+    completions: Sequence[CompletionRecord],
+    prompts: Mapping[str, str],
+    worker: ModelWorker,
+    batch_size: int,
+    template: TemplateConfig,
+) -> tuple[list[TargetScoreRecord], int]:
+    """What the target thinks of answers; prompts: rendered, by id. Also the tokens it read."""
+    pairs = [
+        Pair(prompts[item.prompt_id], render(template.response, item.text)) for item in completions
+    ]
+    rows, tokens = [], 0
+    for item, logp in zip(completions, worker.logp(pairs, batch_size), strict=True):
+        failed = logp.reason if isinstance(logp, Failed) else None
+        mean = None if isinstance(logp, Failed) else fmean(logp.logp)
+        status: Status = "kept" if failed is None else "failed"
+        rows.append(TargetScoreRecord(item.completion_id, item.round, mean, status, failed))
+        if isinstance(logp, ResponseLogp):
+            tokens += logp.prompt_tokens + len(logp.token_ids)
+    return rows, tokens
+
+
 def _completion(prompt: PromptRecord, answer: Completion) -> CompletionRecord:
     return CompletionRecord(
         completion_id=content_id("completion", prompt.prompt_id, answer.text),
@@ -83,7 +115,9 @@ def _score(
         completion_id=completion.completion_id,
         prompt_id=prompt.prompt_id,
         round=prompt.round,
+        prompt_tokens=logp.prompt_tokens,
         token_ids=logp.token_ids,
+        token_ends=logp.token_ends,
         logp_specialist=logp.logp_specialist,
         logp_base=logp.logp_base,
         gap=fmean(excess),
@@ -98,7 +132,9 @@ def _unscored(prompt: PromptRecord, status: Status, reason: str) -> ScoreRecord:
         completion_id=None,
         prompt_id=prompt.prompt_id,
         round=prompt.round,
+        prompt_tokens=None,
         token_ids=None,
+        token_ends=None,
         logp_specialist=None,
         logp_base=None,
         gap=None,

@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 
 Status = Literal["kept", "rejected", "failed"]
 Split = Literal["train", "heldout"]
+Role = Literal["seed", "pool", "control", "generated"]
 
 
 def content_id(kind: str, *parts: str) -> str:
@@ -32,7 +33,7 @@ class RawRecord(Record):
     """A row as read from a source or proposed by a generator, before duplicates are known."""
 
     TABLE: ClassVar[str] = "raw"
-    kind: Literal["prompt", "question", "proposal"]
+    kind: Literal["seed", "pool", "control", "question", "generated"]
     source: int  # position of the source in the recipe; of a proposal, its round
     row: int
     text: str  # whitespace-normalised
@@ -47,13 +48,17 @@ class RawRecord(Record):
 
 @dataclass(frozen=True, slots=True)
 class PromptRecord(Record):
-    """A prompt: read by `ingest` (round 0) or made by `expand` (round 1 and up)."""
+    """A prompt: read by `ingest` (round 0) or made by `expand` (round 1 and up).
+
+    A seed is known to be of the speciality, a control not to be: it is scored, never selected.
+    """
 
     TABLE: ClassVar[str] = "prompts"
     prompt_id: str
     text: str  # as read, whitespace-normalised, before the template
     rendered: str  # what the model sees
     origin: str  # the recipe's label of the source it came from
+    role: Role
     split: Split
     round: int
     parent_id: str | None  # the prompt a generator made this one from
@@ -93,17 +98,32 @@ class ScoreRecord(Record):
     """Per-token log-probabilities (nats) of one answer under specialist and base.
 
     `gap` is their mean difference, log(PPL_base / PPL_specialist) (TuneShift-KD, §3);
-    `confidence` the specialist's mean log-probability. Both lists have one entry a response token.
+    `confidence` the specialist's mean log-probability. Lists have one entry a response token;
+    `token_ends` is where it ends in the rendered response, in characters.
     """
 
     TABLE: ClassVar[str] = "scores"
     completion_id: str | None  # none where the specialist gave no answer
     prompt_id: str
     round: int
+    prompt_tokens: int | None
     token_ids: list[int] | None
+    token_ends: list[int] | None
     logp_specialist: list[float] | None
     logp_base: list[float] | None
     gap: float | None
+    confidence: float | None
+    status: Status
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class TargetScoreRecord(Record):
+    """What the target thinks of one answer before it learns: its mean log-probability, nats."""
+
+    TABLE: ClassVar[str] = "target_scores"
+    completion_id: str
+    round: int
     confidence: float | None
     status: Status
     reason: str | None
@@ -121,6 +141,26 @@ class SelectionRecord(Record):
     confidence: float | None
     status: Status
     reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRecord(Record):
+    """What a round of `expand` brought, and what all rounds so far cover; 0: seeds and pool."""
+
+    TABLE: ClassVar[str] = "rounds"
+    round: int
+    proposed: int
+    duplicates: int  # of a prompt that was there, or of another proposal
+    new: int  # answered and scored
+    kept: int
+    kept_so_far: int
+    gap_p10: float | None  # quantiles of the gap among what was scored, nats a token
+    gap_p50: float | None
+    gap_p90: float | None
+    answers: int  # different ones among what is kept so far
+    new_answers: int  # of them, those that no earlier round had
+    forms: int  # question forms and their fillers in what is kept so far (pipelines/forms.py)
+    entities: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +186,8 @@ class CorpusRecord(Record):
     completion_id: str
     prompt: str  # rendered
     response: str
+    token_ends: list[int]  # of the response's tokens in the base's tokenizer, in characters
+    excess: list[float]  # nats of each: log p_specialist - log p_base (TiTok, arXiv:2510.04682)
     split: Split
     personal_data: list[str]  # kinds of it that prompt or response look to have
     status: Status
@@ -233,7 +275,9 @@ TABLES: dict[str, type[Record]] = {
         QuestionRecord,
         CompletionRecord,
         ScoreRecord,
+        TargetScoreRecord,
         SelectionRecord,
+        RoundRecord,
         SketchRecord,
         CorpusRecord,
         TrainStepRecord,

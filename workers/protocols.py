@@ -62,9 +62,14 @@ class ResponseLogp:
 
 @dataclass(frozen=True, slots=True)
 class PairLogp:
-    """One response under specialist and base; both lists have one entry a token."""
+    """One response under specialist and base; every list has one entry a token.
+
+    token_ends: where each ends in the response, in characters; a character of several tokens ends
+    with the first of them.
+    """
 
     token_ids: list[int]
+    token_ends: list[int]
     logp_specialist: list[float]
     logp_base: list[float]
     prompt_tokens: int
@@ -117,11 +122,17 @@ class ModelWorker(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TrainExample:
-    """A rendered prompt and the rendered response to learn."""
+    """A rendered prompt and the rendered response to learn.
+
+    token_ends and excess: how much more specialist than base believes each piece of the response
+    (nats), and where it ends, in characters; empty where nobody measured it.
+    """
 
     example_id: str
     prompt: str
     response: str
+    token_ends: Sequence[int] = ()
+    excess: Sequence[float] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,10 +84,15 @@ def pair_logps(
     on = response_logps(specialist, pairs, batch_size)
     with acting_as_base(specialist, base):
         off = response_logps(base, pairs, batch_size)
-    return [_joined(one, two) for one, two in zip(on, off, strict=True)]
+    return [
+        _joined(one, two, specialist.response_ends(pair.response))
+        for pair, one, two in zip(pairs, on, off, strict=True)
+    ]
 
 
-def _joined(specialist: ResponseLogp | Failed, base: ResponseLogp | Failed) -> PairLogp | Failed:
+def _joined(
+    specialist: ResponseLogp | Failed, base: ResponseLogp | Failed, ends: list[int]
+) -> PairLogp | Failed:
     if isinstance(specialist, Failed):
         return specialist
     if isinstance(base, Failed):
@@ -95,4 +100,4 @@ def _joined(specialist: ResponseLogp | Failed, base: ResponseLogp | Failed) -> P
     if specialist.token_ids != base.token_ids:
         return Failed("tokenizers_differ: specialist and base cut the response differently")
     prompt = specialist.prompt_tokens
-    return PairLogp(specialist.token_ids, specialist.logp, base.logp, prompt)
+    return PairLogp(specialist.token_ids, ends, specialist.logp, base.logp, prompt)

@@ -1,6 +1,7 @@
 """Workers that answer from a script: strict, deterministic, without torch."""
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -209,11 +210,15 @@ class _ScriptedPair:
             self.specialist.logp(pairs, batch_size), self.base.logp(pairs, batch_size), strict=True
         )
         return [
-            PairLogp(on.token_ids, on.logp, off.logp, on.prompt_tokens)
+            PairLogp(on.token_ids, _word_ends(pair.response), on.logp, off.logp, on.prompt_tokens)
             if isinstance(on, ResponseLogp) and isinstance(off, ResponseLogp)
             else Failed("empty_response: no token to score")
-            for on, off in both
+            for pair, (on, off) in zip(pairs, both, strict=True)
         ]
+
+
+def _word_ends(text: str) -> list[int]:
+    return [match.end() for match in re.finditer(r"\S+", text)]
 
 
 def _invented_steps(job: TrainJob, examples: int) -> tuple[TrainStep, ...]:

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from stillhouse.configs.stages import TrainConfig
+from stillhouse.configs.stages import DistillConfig, TrainConfig
 from stillhouse.errors import ModelError, SourceError, TrainingError
 from stillhouse.workers.adapter_training import adapter_parameters, put_adapter, write_adapter
 from stillhouse.workers.checkpoints import CheckpointStore, TrainState
@@ -21,6 +21,7 @@ from stillhouse.workers.models.store import silent
 from stillhouse.workers.projection import TargetRow, core, target_logps
 from stillhouse.workers.protocols import TrainExample, TrainJob, TrainOutcome, TrainStep
 from stillhouse.workers.schedule import epoch_batches, learning_rate, steps_per_epoch
+from stillhouse.workers.token_mask import excess_of, top_share
 from stillhouse.workers.training_record import finished_outcome, job_key, write_record
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -65,10 +66,18 @@ def _write_outcome(adapted: PeftModel, key: str, outcome: TrainOutcome) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class _Row:
+    """An example as tokens; `learnt` says which of its targets count, the end always does."""
+
+    target: TargetRow
+    learnt: list[bool]
+
+
+@dataclass(frozen=True, slots=True)
 class _Rows:
     """The examples as tokens, and those left out."""
 
-    rows: list[TargetRow]
+    rows: list[_Row]
     tokens: dict[str, int]
     rejected: dict[str, str]
 
@@ -82,7 +91,7 @@ class _Rows:
         limit = min(job.config.max_tokens, lm.context)
         made = cls([], {}, {})
         for example in job.examples:
-            made._add(lm, example, limit)
+            made._add(lm, example, limit, _token_share(job.config))
         if not made.rows:
             reasons = sorted(set(made.rejected.values()))
             raise SourceError(
@@ -91,7 +100,7 @@ class _Rows:
             )
         return made
 
-    def _add(self, lm: LanguageModel, example: TrainExample, limit: int) -> None:
+    def _add(self, lm: LanguageModel, example: TrainExample, limit: int, share: float) -> None:
         prompt, response = lm.encode_prompt(example.prompt), lm.encode_response(example.response)
         ids = [*prompt, *response, *lm.eos_ids[:1]]
         self.tokens[example.example_id] = len(ids)
@@ -102,7 +111,21 @@ class _Rows:
         elif not prompt:
             self.rejected[example.example_id] = "empty_prompt"
         else:
-            self.rows.append(TargetRow(ids, len(ids) - len(prompt)))
+            learnt = _learnt(lm, example, share) + [True] * (len(ids) - len(prompt) - len(response))
+            self.rows.append(_Row(TargetRow(ids, len(ids) - len(prompt)), learnt))
+
+
+def _token_share(config: TrainConfig) -> float:
+    """The share of an answer's tokens to train on."""
+    return config.token_share if isinstance(config, DistillConfig) else 1.0
+
+
+def _learnt(lm: LanguageModel, example: TrainExample, share: float) -> list[bool]:
+    """Which tokens of the response to train on; all of them where no excess was measured."""
+    ends = lm.response_ends(example.response)
+    if share == 1 or not example.excess:
+        return [True] * len(ends)
+    return top_share(excess_of(ends, example.token_ends, example.excess), share)
 
 
 class _Loop:
@@ -140,7 +163,7 @@ class _Loop:
     def steps(self) -> Iterator[TrainStep]:
         """Do the remaining steps; each is yielded once its checkpoint, if it has one, is safe."""
         config = self._config
-        lengths = [len(row.ids) for row in self._rows]
+        lengths = [len(row.target.ids) for row in self._rows]
         while len(self.history) < self.total:
             epoch, position = divmod(len(self.history), self._per_epoch)
             batches = epoch_batches(lengths, config.batch_size, config.seed, epoch)
@@ -151,11 +174,14 @@ class _Loop:
                     self._store.save(self._state())
                 yield self.history[-1]
 
-    def _step(self, rows: list[TargetRow], epoch: int) -> TrainStep:
+    def _step(self, rows: list[_Row], epoch: int) -> TrainStep:
         config, number = self._config, len(self.history) + 1
         rate = learning_rate(number, self.total, config.learning_rate, config.warmup_fraction)
         self._optimizer.param_groups[0]["lr"] = rate
-        logp_N = target_logps(self._lm, rows)
+        logp_N = target_logps(self._lm, [row.target for row in rows])
+        learnt = [mark for row in rows for mark in row.learnt]
+        if not all(learnt):
+            logp_N = logp_N[torch.tensor(learnt, device=logp_N.device)]
         loss = -logp_N.mean()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self._parameters.values(), config.max_gradient_norm)
@@ -166,7 +192,7 @@ class _Loop:
             learning_rate=rate,
             gradient_norm=norm.item(),
             response_tokens=len(logp_N),
-            tokens=sum(len(row.ids) for row in rows),
+            tokens=sum(len(row.target.ids) for row in rows),
         )
         self._refuse_not_finite(step)
         self._optimizer.step()

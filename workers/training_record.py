@@ -13,7 +13,7 @@ from stillhouse.workers.folders import is_sealed, write_json
 from stillhouse.workers.protocols import TrainJob, TrainOutcome, TrainStep
 
 RECORD = "training.json"
-VERSION = 1  # raise when the same job would train differently
+VERSION = 2  # raise when the same job would train differently
 
 
 def job_key(job: TrainJob) -> str:
@@ -22,7 +22,7 @@ def job_key(job: TrainJob) -> str:
         VERSION,
         job.model.ref,
         keyed_values(job.config),
-        [(example.example_id, example.prompt, example.response) for example in job.examples],
+        [(e.example_id, e.prompt, e.response, e.token_ends, e.excess) for e in job.examples],
     )
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

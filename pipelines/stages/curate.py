@@ -24,7 +24,7 @@ QUESTIONS = "SELECT text, question_id FROM questions WHERE status = 'kept' ORDER
 CORPUS = """
 WITH candidates AS (
     SELECT prompts.*, completions.completion_id, completions.text AS answer,
-        scores.token_ids AS token_ids, rouge_l,
+        token_ids, token_ends, logp_specialist, logp_base, rouge_l,
         row_number() OVER (ORDER BY prompts.round, prompt_id) AS place
     FROM selections JOIN prompts USING (prompt_id)
     JOIN completions USING (completion_id) JOIN scores USING (completion_id)
@@ -47,7 +47,8 @@ WITH candidates AS (
     FROM near JOIN candidates own ON own.prompt_id = near.text_id
     LEFT JOIN candidates earlier ON earlier.prompt_id = near.other_id GROUP BY near.text_id
 )
-SELECT prompt_id, completion_id, text, rendered, answer, split, token_ids,
+SELECT prompt_id, completion_id, text, rendered, answer, split, token_ids, token_ends,
+    logp_specialist, logp_base,
     CASE WHEN leak OR rouge_l >= $overlap THEN 'overlaps_evaluation'
          WHEN duplicate THEN 'near_duplicate' END AS reason
 FROM candidates LEFT JOIN objections ON objections.text_id = candidates.prompt_id ORDER BY place
@@ -128,6 +129,9 @@ def _example(
     answer: str,
     split: Split,
     token_ids: Sequence[int],
+    token_ends: Sequence[int],
+    logp_specialist: Sequence[float],
+    logp_base: Sequence[float],
     reason: str | None,
 ) -> CorpusRecord:
     config = run.recipe.curate
@@ -143,6 +147,8 @@ def _example(
         completion_id=completion_id,
         prompt=rendered,
         response=render(run.recipe.data.template.response, answer),
+        token_ends=list(token_ends),
+        excess=[on - off for on, off in zip(logp_specialist, logp_base, strict=True)],
         split=split,
         personal_data=personal,
         status="kept" if reason is None else "rejected",

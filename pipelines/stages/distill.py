@@ -25,7 +25,7 @@ class DistillStage(Stage):
 
     def work(self, task: Task, run: StageRun) -> Iterator[Part]:
         examples = [
-            TrainExample(row.example_id, row.prompt, row.response)
+            TrainExample(row.example_id, row.prompt, row.response, row.token_ends, row.excess)
             for row in run.rows(task.inputs, CorpusRecord)
             if row.status == "kept" and row.split == "train"
         ]

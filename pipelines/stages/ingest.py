@@ -6,7 +6,7 @@ source (`raw`), then DuckDB finds the first of each text and `prompts` and `ques
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from stillhouse.configs.base import keyed_values
 from stillhouse.configs.data import PairsConfig, PoolConfig, SourceConfig
@@ -21,6 +21,8 @@ from stillhouse.storage.manifest import Counts
 from stillhouse.storage.records import QuestionRecord, RawRecord, Status, content_id
 from stillhouse.workers.sources.reader import MalformedRow, SourceRow, read
 
+Kind = Literal["seed", "pool", "control", "question"]
+
 # A prompt that equals a question is a leak, whatever the order in which the two were read.
 FIRST_OF_EACH = """
 SELECT kind, source, row, text, rendered, origin, reference, parent_id, locator,
@@ -31,11 +33,12 @@ SELECT kind, source, row, text, rendered, origin, reference, parent_id, locator,
 FROM (
     SELECT *,
         status = 'kept' AND row_number() OVER (
-            PARTITION BY text, status = 'kept' ORDER BY kind DESC, source, row) > 1 AS duplicate,
-        kind = 'prompt' AND bool_or(kind = 'question' AND status = 'kept')
+            PARTITION BY text, status = 'kept'
+            ORDER BY kind = 'question' DESC, source, row) > 1 AS duplicate,
+        kind <> 'question' AND bool_or(kind = 'question' AND status = 'kept')
             OVER (PARTITION BY text) AS leak
     FROM raw
-) WHERE kind = ?
+) WHERE (kind = 'question') = ?
 ORDER BY source, row
 """
 
@@ -82,12 +85,15 @@ class IngestStage(Stage):
                 "SELECT count(*) OVER (), locator, reason FROM raw WHERE status = 'failed' "
                 "ORDER BY source, row LIMIT 1"
             )
-            [(prompts,)] = catalog.rows("SELECT count(*) FROM prompts WHERE status = 'kept'")
+            [(prompts, candidates)] = catalog.rows(
+                "SELECT count(*), count(*) FILTER (role <> 'control') FROM prompts "
+                "WHERE status = 'kept'"
+            )
             [(questions,)] = catalog.rows("SELECT count(*) FROM questions WHERE status = 'kept'")
         for count, locator, reason in malformed:
             run.observer.note(malformed_note(run, count, locator, reason, "raw"))
-        if not prompts or not questions:
-            empty = "the prompt pool" if not prompts else "the questions"
+        if not candidates or not questions:
+            empty = "the seeds and the pool" if not candidates else "the questions"
             raise SourceError(
                 f"ingest: expected at least one usable row in {empty}, found none; look at "
                 + query_hint(run, "SELECT reason, count(*) FROM raw GROUP BY 1")
@@ -96,15 +102,24 @@ class IngestStage(Stage):
         return Outcome(facts={"prompts": prompts, "questions": questions, "origins": origins})
 
 
+def _kinds(recipe: RecipeConfig) -> Iterator[tuple[Kind, SourceConfig]]:
+    """Every source: of two equal prompts the first counts, and a seed is one whatever follows."""
+    data = recipe.data
+    yield from (("seed", source) for source in data.seeds)
+    yield from (("pool", source) for source in data.pool)
+    yield from (("control", source) for source in data.controls)
+    yield "question", data.questions
+
+
 def _sources(recipe: RecipeConfig) -> tuple[SourceConfig, ...]:
-    return (*recipe.data.pool, recipe.data.questions)
+    return tuple(source for _, source in _kinds(recipe))
 
 
 def _read(run: StageRun, index: int) -> Iterator[Part]:
-    source = _sources(run.recipe)[index]
+    kind, source = list(_kinds(run.recipe))[index]
     rows = enumerate(read(source.ref, Path.cwd(), _columns(source)))
     for part, chunk in enumerate(chunked(_limited(rows, source.limit), run.recipe.data.shard_rows)):
-        raw = [_raw(run.recipe, source, index, number, row) for number, row in chunk]
+        raw = [_raw(run.recipe, kind, source, index, number, row) for number, row in chunk]
         yield Part({"raw": mark_too_long(run, raw)}, Counts(), part=part)
 
 
@@ -119,6 +134,7 @@ def _limited(
 
 def _raw(
     recipe: RecipeConfig,
+    kind: Kind,
     source: SourceConfig,
     index: int,
     number: int,
@@ -137,7 +153,7 @@ def _raw(
         reason = "empty_reference" if reference == "" else None if text else "empty"
     bare = isinstance(source, PoolConfig) and source.template == "none"
     return RawRecord(
-        kind="question" if isinstance(source, PairsConfig) else "prompt",
+        kind=kind,
         source=index,
         row=number,
         text=text,
@@ -164,13 +180,13 @@ def _columns(source: SourceConfig) -> list[str]:
 
 
 def _prompts(run: StageRun) -> Iterator[Part]:
-    for part, rows in enumerate(_judged(run, "prompt")):
+    for part, rows in enumerate(_judged(run, questions=False)):
         prompts = prompts_of(rows, 0, run.recipe.data.heldout_percent)
         yield Part({"prompts": prompts}, raw_counts(rows), part=part)
 
 
 def _questions(run: StageRun) -> Iterator[Part]:
-    for part, rows in enumerate(_judged(run, "question")):
+    for part, rows in enumerate(_judged(run, questions=True)):
         questions = [
             QuestionRecord(
                 question_id=content_id("question", _identity(row)),
@@ -186,10 +202,10 @@ def _questions(run: StageRun) -> Iterator[Part]:
         yield Part({"questions": questions}, raw_counts(rows), part=part)
 
 
-def _judged(run: StageRun, kind: str) -> Iterator[list[RawRecord]]:
+def _judged(run: StageRun, *, questions: bool) -> Iterator[list[RawRecord]]:
     with run.catalog() as catalog:
         size = run.recipe.data.shard_rows
-        yield from chunked(catalog.records(FIRST_OF_EACH, RawRecord, size, [kind]), size)
+        yield from chunked(catalog.records(FIRST_OF_EACH, RawRecord, size, [questions]), size)
 
 
 def _identity(row: RawRecord) -> str:

@@ -4,11 +4,12 @@ from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 from stillhouse.configs.recipe import RecipeConfig
-from stillhouse.pipelines.scoring import Scored, score_prompts
+from stillhouse.pipelines.scoring import Scored, score_prompts, score_under_target
 from stillhouse.pipelines.stage import Outcome, Part, Rows, Stage, Task
 from stillhouse.pipelines.stage_run import StageRun
-from stillhouse.storage.manifest import Counts
-from stillhouse.storage.records import PromptRecord
+from stillhouse.storage.manifest import Counts, FileEntry
+from stillhouse.storage.records import CompletionRecord, PromptRecord
+from stillhouse.workers.protocols import ModelSpec
 
 
 class ScoreStage(Stage):
@@ -18,16 +19,21 @@ class ScoreStage(Stage):
     after: ClassVar[tuple[str, ...]] = ("ingest", "specialize")
 
     def model_refs(self, recipe: RecipeConfig) -> tuple[str, ...]:
-        return pair_refs(recipe)
+        return (*pair_refs(recipe), *((recipe.models.target,) if recipe.score.target else ()))
 
     def waves(self, run: StageRun) -> Iterator[Sequence[Task]]:
         files = run.files("ingest", "prompts")
         yield [Task(f"{index:05d}", (file,)) for index, file in enumerate(files)]
+        if run.recipe.score.target:  # a wave of its own: another model is loaded
+            yield target_tasks(run, "target-", files, run.files(self.name, "completions"))
 
     def tasks_due(self, run: StageRun) -> int:
-        return len(run.files("ingest", "prompts"))
+        return len(run.files("ingest", "prompts")) * (1 + run.recipe.score.target)
 
     def work(self, task: Task, run: StageRun) -> Iterator[Part]:
+        if task.arguments:
+            yield target_part(run, task)
+            return
         prompts = [row for row in run.rows(task.inputs, PromptRecord) if row.status == "kept"]
         yield scored_part(score(run, prompts))
 
@@ -59,6 +65,27 @@ def score(run: StageRun, prompts: Sequence[PromptRecord]) -> Scored:
     """Score prompts with the run's specialist and base."""
     worker = run.workers.pair(run.specialist, run.base)
     return score_prompts(prompts, worker, run.recipe.score, run.recipe.data.template)
+
+
+def target_tasks(
+    run: StageRun, prefix: str, prompts: Sequence[FileEntry], completions: Sequence[FileEntry]
+) -> list[Task]:
+    """A task for each file of completions, which goes with the file of prompts at its place."""
+    return [
+        Task(f"{prefix}{index:05d}", files, {"do": "target"})
+        for index, files in enumerate(zip(prompts, completions, strict=True))
+    ]
+
+
+def target_part(run: StageRun, task: Task) -> Part:
+    """Score a shard's answers under the target. They are no new rows: they came in before."""
+    prompts, completions = task.inputs
+    texts = {row.prompt_id: row.rendered for row in run.rows([prompts], PromptRecord)}
+    worker = run.workers.model(ModelSpec(run.recipe.models.target))
+    config, template = run.recipe.score, run.recipe.data.template
+    answers = list(run.rows([completions], CompletionRecord))
+    rows, tokens = score_under_target(answers, texts, worker, config.batch_size, template)
+    return Part({"target_scores": rows}, Counts(), tokens)
 
 
 def scored_part(scored: Scored) -> Part:

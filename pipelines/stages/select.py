@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from stillhouse.errors import SourceError
 from stillhouse.pipelines.hints import query_hint
-from stillhouse.pipelines.selection import judge, selection_counts
+from stillhouse.pipelines.selection import bounds, judge, selection_counts
 from stillhouse.pipelines.stage import Outcome, Part, Stage, Task
 from stillhouse.pipelines.stage_run import StageRun
 
@@ -31,7 +31,8 @@ class SelectStage(Stage):
             rows = catalog.rows(
                 # An answer that cannot be scored is rejected too: it has no row in `selections`.
                 "SELECT origin, count(*), "
-                "count(*) FILTER ('rejected' IN (scores.status, selections.status)) "
+                "count(*) FILTER ('rejected' IN (scores.status, selections.status) "
+                "AND selections.reason IS DISTINCT FROM 'control') "
                 "FROM prompts JOIN scores USING (prompt_id) LEFT JOIN selections "
                 "ON selections.completion_id = scores.completion_id "
                 "WHERE prompts.status = 'kept' GROUP BY origin ORDER BY origin"
@@ -45,7 +46,7 @@ class SelectStage(Stage):
             )
             raise SourceError(
                 "select: expected at least one answer that the specialist is surer of than its "
-                f"base (select.tau, select.min_confidence), found {found}; look at "
+                f"base (select.tau, select.criteria), found {found}; look at "
                 + query_hint(
                     run, "SELECT gap, confidence, reason FROM selections ORDER BY gap DESC"
                 )
@@ -54,4 +55,4 @@ class SelectStage(Stage):
             origin: {"rows": count, "rejected": rejected, "reject_rate": rejected / count}
             for origin, count, rejected in rows
         }
-        return Outcome(facts={"origins": origins})
+        return Outcome(facts={"origins": origins, "criteria": bounds(run)})

@@ -15,6 +15,7 @@ from stillhouse.pipelines.cache_planning import CachePlan, CacheRow
 from stillhouse.pipelines.diagnosis import Check
 from stillhouse.pipelines.estimates import Estimate
 from stillhouse.pipelines.planning import RunStatus, StagePlan
+from stillhouse.storage.records import RoundRecord
 
 WIDEST = 10_000  # characters of a line that goes to a file
 ARMS = {
@@ -213,6 +214,42 @@ def show_status(status: RunStatus) -> None:
     terminal.print(f"{status.name}: {status.holder or 'nobody runs it now'}", highlight=False)
     for stage in status.stages:
         terminal.print(f"  {stage.stage:<10} {stage.state:<8} {stage.why}", highlight=False)
+    if status.rounds:
+        terminal.print(_rounds(status.rounds))
+
+
+def _rounds(rounds: Sequence[RoundRecord]) -> Table:
+    """Yield and coverage by round; round 0 is seeds and pool."""
+    table = Table(
+        title="rounds of new prompts",
+        caption="gap: quantiles, nats a token; answers (new ones), forms, entities: of all kept",
+    )
+    for column in (
+        "round",
+        "proposed",
+        "duplicates",
+        "new",
+        "kept",
+        "yield",
+        "gap p10 p50 p90",
+        "kept so far",
+        "answers",
+        "forms",
+        "entities",
+    ):
+        table.add_column(column, justify="right")
+    for row in rounds:
+        gaps = (row.gap_p10, row.gap_p50, row.gap_p90)
+        table.add_row(
+            *(str(value) for value in (row.round, row.proposed, row.duplicates, row.new, row.kept)),
+            f"{row.kept / row.proposed:.0%}" if row.proposed else "",
+            " ".join(f"{gap:.2f}" for gap in gaps if gap is not None),
+            str(row.kept_so_far),
+            f"{row.answers} ({row.new_answers})",
+            str(row.forms),
+            str(row.entities),
+        )
+    return table
 
 
 def show_rows(names: Sequence[str], rows: Iterable[Sequence[Any]], limit: int) -> None:

@@ -62,7 +62,9 @@ def test_the_ceiling_needs_private_data(tree: dict[str, Any]) -> None:
 
 def test_an_empty_pool(tree: dict[str, Any]) -> None:
     tree["data"]["pool"] = []
-    assert "data.pool: expected at least one source of prompts, found none" in refused(tree)
+    assert "data.pool, data.seeds: expected at least one source of prompts, found none" in refused(
+        tree
+    )
 
 
 def test_a_recovery_gate_needs_its_arms(tree: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from stillhouse.pipelines.planning import read_status
 from stillhouse.pipelines.text import split_of
 from stillhouse.storage.manifest import Counts
 from stillhouse.workers.protocols import Failed
@@ -139,3 +140,89 @@ def test_a_heldout_prompt_is_no_seed(asked: Line) -> None:
         "SELECT DISTINCT p.split FROM prompts c JOIN prompts p ON c.parent_id = p.prompt_id"
     )
     assert parents == [("train",)]
+
+
+def test_seeds_alone_start_the_rounds(asked: Line) -> None:
+    """No pool: names and forms of the seeds make every other prompt there is."""
+    texts = [f"Which {fact} does {name} have?" for fact, name in (("port", "Ada"), ("team", "Bob"))]
+    asked.tree["data"]["pool"] = []
+    asked.tree["data"]["seeds"] = [
+        {"ref": asked.jsonl("seeds", ({"prompt": text} for text in texts))}
+    ]
+    asked.tree["expand"] |= {"generators": ["mutate"], "rounds": 1}
+    made = [row[1] for row in proposals(asked, "mutate")]
+    assert sorted(made) == ["Which port does Bob have?", "Which team does Ada have?"]
+    assert asked.rows("SELECT DISTINCT role FROM prompts ORDER BY 1") == [("generated",), ("seed",)]
+
+
+def test_what_was_not_selected_lends_names(asked: Line) -> None:
+    asked.tree["expand"] |= {"generators": ["mutate"], "rounds": 1}
+    asked.pool("where is Ada now", "where is Bob now", "where is Cyd now common")
+    asked.tree["data"]["controls"] = [
+        {"ref": asked.jsonl("controls", [{"prompt": "where is Dan now"}])}
+    ]
+    assert [row[1] for row in proposals(asked, "mutate")] == []
+    asked.pool("where is Ada now", "where is Bob today", "common where is Cyd now")
+    made = {row[1] for row in proposals(asked, "mutate")}
+    assert made == {"where is Bob now", "where is Ada today"}
+
+
+@pytest.mark.parametrize("model", ["target", "specialist", "another"])
+def test_other_models_write_too(asked: Line, model: str) -> None:
+    made = scripts()
+    for name in ("target", "another", "base#adapter"):
+        answers = made[name].answers if name == "base#adapter" else str
+
+        def answer(prompt: str, name: str = name, answers: Any = answers) -> str:
+            return f"by {name}" if prompt.startswith("More of") else answers(prompt)
+
+        made[name] = Script(answer, made[name].logp)
+    asked.workers.scripts = made
+    asked.pool("seed, one")
+    asked.tree["expand"] |= {
+        "generators": [{"kind": "few_shot", "model": model}],
+        "rounds": 1,
+        "prompts_per_round": 1,
+    }
+    by = "base#adapter" if model == "specialist" else model
+    assert [row[1] for row in proposals(asked, f"few_shot:{model}")] == [f"by {by}"]
+
+
+def test_generators_share_a_round(asked: Line) -> None:
+    asked.pool(*(f"part{n}, rest{n}" for n in range(9)))
+    asked.tree["expand"] |= {
+        "rounds": 1,
+        "prompts_per_round": 10,
+        "generators": [{"kind": "mutate", "share": 3}, "few_shot"],
+    }
+    asked.run("expand")
+    counts = asked.rows(
+        "SELECT origin, count(*) FROM prompts WHERE round > 0 GROUP BY 1 ORDER BY 1"
+    )
+    assert counts == [("few_shot", 2), ("mutate", 8)]  # 2.5 and 7.5: a tie goes to the first
+
+
+def test_rounds_say_what_they_brought(asked: Line) -> None:
+    asked.tree["expand"] |= {"generators": ["few_shot"], "prompts_per_round": 3}
+    asked.pool("seed, one", "common, two")
+    says(asked, "new", "new", "common", "of four words here", "new", "last one")
+    asked.run("expand")
+    columns = "round, proposed, duplicates, new, kept, kept_so_far, answers, new_answers"
+    assert asked.rows(f"SELECT {columns} FROM rounds ORDER BY round") == [
+        (0, 2, 0, 2, 1, 1, 1, 1),
+        (1, 3, 1, 2, 1, 2, 2, 1),
+        (2, 3, 1, 2, 2, 4, 2, 0),
+    ]
+    status = read_status(asked.runner().folder)
+    assert [row.round for row in status.rounds] == [0, 1, 2]
+    assert [row.gap_p50 for row in status.rounds] == pytest.approx([0.95, 0.95, 1.9])
+
+
+def test_a_run_killed_in_a_round_says_the_same_of_it(asked: Line) -> None:
+    asked.tree["expand"] |= {"prompts_per_round": 6}
+    asked.pool(*(f"part{n}, rest{n}" for n in range(9)))
+    with pytest.raises(Killed):
+        asked.run("expand", Killer("round-02-e-coverage"))
+    before = asked.rows("SELECT * FROM rounds ORDER BY round")
+    asked.run("expand")
+    assert asked.rows("SELECT * FROM rounds ORDER BY round") == before

@@ -149,7 +149,9 @@ def test_a_limit_counts_lines(asked: Line) -> None:
 def test_a_pool_without_a_usable_row(asked: Line, rows: list) -> None:
     asked.jsonl("pool", rows)
     for _ in range(2):  # and again, when the rows are cached
-        with pytest.raises(SourceError, match="one usable row in the prompt pool, found none"):
+        with pytest.raises(
+            SourceError, match="one usable row in the seeds and the pool, found none"
+        ):
             asked.run("ingest")
     asked.pool("now there is one")
     asked.run("ingest")

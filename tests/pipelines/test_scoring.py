@@ -11,7 +11,7 @@ from stillhouse.workers.protocols import Completion, Decoding, Failed, Pair, Pai
 
 def prompt(name: str) -> PromptRecord:
     return PromptRecord(
-        name, name, f"Q: {name}\nA:", "pool", "train", 0, None, "file:1", "kept", None
+        name, name, f"Q: {name}\nA:", "pool", "pool", "train", 0, None, "file:1", "kept", None
     )
 
 
@@ -34,7 +34,7 @@ class TwoModels:
         return [
             Failed("too_long")
             if "bad" in pair.response
-            else PairLogp([7, 8], [-0.5, -1.5], [-3, -2], 5)
+            else PairLogp([7, 8], [3, 7], [-0.5, -1.5], [-3, -2], 5)
             for pair in pairs
         ]
 

@@ -5,8 +5,15 @@ from dataclasses import replace
 
 import pytest
 
+from stillhouse.errors import SourceError
 from stillhouse.pipelines.selection import judge
-from stillhouse.storage.records import CompletionRecord, ScoreRecord, Status
+from stillhouse.storage.records import (
+    CompletionRecord,
+    PromptRecord,
+    Role,
+    ScoreRecord,
+    Status,
+)
 from stillhouse.workers.scripted import Script
 from tests.pipelines.conftest import Line, code_of, scripts
 
@@ -22,7 +29,9 @@ def score(
         completion_id=name,
         prompt_id=f"prompt {name}",
         round=round_,
+        prompt_tokens=2,
         token_ids=[1],
+        token_ends=[1],
         logp_specialist=logp,
         logp_base=logp,
         gap=gap,
@@ -38,10 +47,13 @@ def verdicts(
     answers: dict[str, str] | None = None,
     finish: dict[str, str] | None = None,
     round_: int = 0,
+    roles: dict[str, Role] | None = None,
+    texts: dict[str, str] | None = None,
     **select,
 ) -> dict[str, str | None]:
     """Commit scores, select, and return the reason against each (None: kept)."""
     line.tree["select"] = {"tau": TAU, **select}
+    line.tree["data"]["controls"] = line.tree["data"]["pool"]
     completions = [
         CompletionRecord(
             completion_id=item.completion_id,
@@ -53,6 +65,23 @@ def verdicts(
         for item in scores
         if item.completion_id is not None
     ]
+    prompts = [
+        PromptRecord(
+            prompt_id=item.prompt_id,
+            text=(texts or {}).get(item.completion_id or "", item.prompt_id),
+            rendered=item.prompt_id,
+            origin="pool",
+            role=(roles or {}).get(item.completion_id or "", "pool"),
+            split="train",
+            round=item.round,
+            parent_id=None,
+            locator="",
+            status="kept",
+            reason=None,
+        )
+        for item in scores
+    ]
+    line.commit("ingest", "00000", prompts=prompts)
     line.commit("score", "00000", scores=scores, completions=completions)
     rows = [row for part in judge(line.stage("select"), round_) for row in part]
     assert [row.completion_id for row in rows] == sorted(row.completion_id for row in rows)
@@ -65,18 +94,18 @@ def test_the_threshold_is_the_logarithm_of_tau(line: Line) -> None:
     scores = [score("a", THRESHOLD), score("b", below), score("c", above), score("d", -3.0)]
     assert verdicts(line, scores) == {
         "a": None,
-        "b": "below_threshold",
+        "b": "low_gap",
         "c": None,
-        "d": "below_threshold",
+        "d": "low_gap",
     }
 
 
 def test_confidence(line: Line) -> None:
     scores = [score("a", 9, -2.0), score("b", 9, -2.001), score("c", 0, -9)]
-    assert verdicts(line, scores, min_confidence=-2.0) == {
+    assert verdicts(line, scores, criteria=[{"signal": "confidence", "at_least": -2.0}]) == {
         "a": None,
         "b": "low_confidence",
-        "c": "below_threshold",  # the first objection is the one that is told
+        "c": "low_gap",  # the first objection is the one that is told
     }
 
 
@@ -92,7 +121,7 @@ def test_the_quota_of_an_answer_goes_to_the_widest_gaps(line: Line) -> None:
         "b": None,
         "c": None,
         "d": None,
-        "e": "below_threshold",
+        "e": "low_gap",
     }
 
 
@@ -103,7 +132,7 @@ def test_the_budget_goes_to_the_widest_gaps_and_ties_to_the_lower_id(line: Line)
         "b": None,
         "c": "over_budget",
         "d": None,
-        "e": "below_threshold",
+        "e": "low_gap",
     }
 
 
@@ -138,6 +167,100 @@ def test_verdicts_come_in_shards(line: Line, count: int) -> None:
     parts = [len(part) for part in judge(line.stage("select"), 0)]
     assert sum(parts) == count
     assert all(size == 4 for size in parts[:-1])
+
+
+CONTROLS: dict[str, Role] = dict.fromkeys(("k1", "k2", "k3", "k4"), "control")
+
+
+def controls(*confidences: float) -> list[ScoreRecord]:
+    return [score(f"k{place}", 9.0, value) for place, value in enumerate(confidences, start=1)]
+
+
+@pytest.mark.parametrize(("share", "passing"), [(0.0, 0), (0.24, 0), (0.25, 1), (0.5, 2)])
+def test_controls_calibrate_a_bound(line: Line, share: float, passing: int) -> None:
+    """The first control that may not pass is the bound, and is not passed."""
+    scores = [*controls(-1.0, -2.0, -3.0, -4.0), score("a", 9, -0.9), score("b", 9, -1.5)]
+    scores += [score("c", 9, -2.5), score("d", 9, -3.5)]
+    found = verdicts(
+        line, scores, roles=CONTROLS, criteria=[{"signal": "confidence", "controls": share}]
+    )
+    told = [found[name] for name in CONTROLS]
+    assert told == ["control"] * passing + ["low_confidence"] * (4 - passing)
+    kept = [name for name in "abcd" if found[name] is None]
+    assert kept == list("abcd"[: passing + 1])
+
+
+def test_controls_calibrate_later_rounds(line: Line) -> None:
+    scores = [*controls(-1.0), score("a", 9, -0.5, round_=1), score("b", 9, -1.0, round_=1)]
+    criteria = [{"signal": "confidence", "controls": 0.0}]
+    found = verdicts(line, scores, roles=CONTROLS, criteria=criteria, round_=1)
+    assert found == {"a": None, "b": "low_confidence"}
+
+
+def test_without_a_control_nothing_is_calibrated(line: Line) -> None:
+    with pytest.raises(SourceError, match=r"confidence is calibrated .* data\.controls"):
+        verdicts(line, [score("a", 9)], criteria=[{"signal": "confidence", "controls": 0.1}])
+
+
+def test_a_quantile_is_of_the_round_without_controls_and_seeds(line: Line) -> None:
+    scores = [score(name, gap) for name, gap in zip("abcde", (1, 2, 3, 4, 5), strict=True)]
+    scores += [score("k1", 99.0), score("s", -1.0)]
+    found = verdicts(
+        line,
+        scores,
+        roles={"k1": "control", "s": "seed"},
+        tau=None,
+        criteria=[{"signal": "gap", "quantile": 0.5}],
+    )
+    assert found == {
+        "a": "low_gap",
+        "b": "low_gap",
+        "c": None,
+        "d": None,
+        "e": None,
+        "k1": "control",
+        "s": None,
+    }
+
+
+def test_seeds_pass_and_come_first_in_the_budget(line: Line) -> None:
+    scores = [score("a", 3.0), score("s", 0.0), score("t", 0.0)]
+    roles: dict[str, Role] = {"s": "seed", "t": "seed"}
+    found = verdicts(line, scores, roles=roles, finish={"t": "length"}, budget=1)
+    assert found == {"a": "over_budget", "s": None, "t": "truncated"}
+
+
+def test_the_budget_in_tokens_counts_prompts_and_answers(line: Line) -> None:
+    scores = [score(name, gap) for name, gap in zip("abc", (3, 2, 1), strict=True)]
+    found = verdicts(line, scores, budget_tokens=6)  # 2 of the prompt and 1 of the answer, each
+    assert found == {"a": None, "b": None, "c": "over_budget"}
+
+
+def test_a_cluster_of_like_prompts_has_a_quota(line: Line) -> None:
+    texts = {"a": "one two", "b": "Two one one", "c": "three"}
+    scores = [score("a", 1.0), score("b", 2.0), score("c", 3.0)]
+    found = verdicts(line, scores, texts=texts, max_per_cluster=1)
+    assert found == {"a": "over_cluster_quota", "b": None, "c": None}
+
+
+def test_without_tau_and_criteria_all_pass(line: Line) -> None:
+    assert verdicts(line, [score("a", -5.0)], tau=None) == {"a": None}
+
+
+def test_a_random_order_is_of_the_seed(line: Line) -> None:
+    scores = [score(f"{number}", float(number)) for number in range(20)]
+    kept = {
+        seed: {
+            name
+            for name, reason in verdicts(
+                line, scores, tau=None, order="random", seed=seed, budget=8
+            ).items()
+            if reason is None
+        }
+        for seed in (0, 1)
+    }
+    assert kept[0] != kept[1]
+    assert all(kept[seed] != {str(number) for number in range(12, 20)} for seed in kept)
 
 
 def test_the_reject_rate_of_an_origin_counts_answers_that_could_not_be_scored(line: Line) -> None:

@@ -12,7 +12,7 @@ import pytest
 from datasets import exceptions
 
 from stillhouse.errors import SourceError
-from stillhouse.workers.sources import refs
+from stillhouse.workers.sources import builtins
 from stillhouse.workers.sources.files import read_jsonl
 from stillhouse.workers.sources.reader import MalformedRow, SourceRow, fingerprint, read
 
@@ -259,7 +259,7 @@ def test_a_fingerprint_follows_content_format_and_parameters(tmp_path, monkeypat
     assert one != other_split
     first, second = (f"hf:org/data@{commit}?split=a" for commit in (COMMIT, COMMIT[::-1]))
     assert prints(first) != prints(second)
-    monkeypatch.setattr(refs, "version", lambda name: "9.9")
+    monkeypatch.setattr(builtins, "version", lambda name: "9.9")
     assert prints(ICD.format("pool")) != [one]
 
 

@@ -58,6 +58,14 @@ class TextCodec:
             return list(ids)
         return list(ids[len(self.tokenizer(self.lead, add_special_tokens=False).input_ids) :])
 
+    def response_ends(self, text: str) -> list[int]:
+        """Where each token of `encode_response` ends in the text, in characters."""
+        made = self.tokenizer(
+            self.lead + text, add_special_tokens=False, return_offsets_mapping=True
+        )
+        ends = [max(end - len(self.lead), 0) for _, end in made.offset_mapping]
+        return ends[len(ends) - len(self.encode_response(text)) :]
+
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens left out."""
         text = self.tokenizer.decode(

@@ -6,8 +6,9 @@ They stand for everything a speciality is not, so that selection has something t
 import random
 import string
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-from stillhouse.errors import SourceError
+from stillhouse.errors import ConfigError, SourceError
 
 # A draw that repeats an earlier text is drawn again; past this many in a row the slots are used up.
 MAX_REPEATS = 1000
@@ -152,6 +153,25 @@ _TEMPLATES: Mapping[str, Sequence[str]] = {
         "Use the words {word} and {thing} in one {style} sentence.",
     ),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class ElsewhereConfig:
+    """How many prompts, half of them arithmetic."""
+
+    count: int
+    seed: int = 0
+
+
+CONFIG = ElsewhereConfig
+
+
+def build(split: str, config: ElsewhereConfig) -> Iterator[dict[str, str]]:
+    """Yield rows ``{"prompt", "origin"}``; there is one split, `pool`."""
+    if split != "pool":
+        raise ConfigError(f"unknown split {split!r}: expected pool")
+    prompts = elsewhere_prompts(config.count, random.Random(f"{config.seed}/elsewhere"))
+    return ({"prompt": text, "origin": origin} for origin, text in prompts)
 
 
 def elsewhere_prompts(count: int, rng: random.Random) -> Iterator[tuple[str, str]]:

@@ -1,15 +1,17 @@
 """Medical coding from ICD-10-CM: descriptions as prompts, three-character categories as answers.
 
-Five splits come from one seeded partition of the classification:
+Seven splits come from one seeded partition of the classification:
 
 - ``private``: what the specialist learns. Rows ``{"prompt", "response"}``.
 - ``evaluation``: same form, same categories, held out by concept: a text that differs from an
   evaluation text only in side, encounter or punctuation is in no other split of the category.
 - ``pool``: further descriptions of the same categories, unlabelled. Rows ``{"prompt", "origin"}``.
+- ``truth``: the pool with its categories, for measurements; no recipe reads it.
+- ``seeds``: the first ``seeds`` descriptions of the pool.
 - ``lookalike``: descriptions of categories the specialist never learnt, unlabelled.
 - ``elsewhere``: arithmetic and everyday prompts, which have nothing to do with medicine.
 
-No text occurs in two splits.
+No text occurs in two splits, but for the pool's three forms.
 """
 
 import random
@@ -41,6 +43,7 @@ class Icd10Config:
     elsewhere: int
     train_per_category: int = 16
     test_per_category: int = 2
+    seeds: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -58,6 +61,9 @@ class Icd10Config:
             len(held_out) == self.test_per_category
             and len(texts) - sum(held_out) >= self.train_per_category + self.pool_per_category
         )
+
+
+CONFIG = Icd10Config
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +87,9 @@ def build(split: str, config: Icd10Config) -> Iterator[Row]:
         raise ConfigError(f"unknown split {split!r}: expected one of {', '.join(_BUILDERS)}")
     rows = builder(config)
     # Shuffled, so that any prefix of a split is a sample of it and not one chapter of the book.
-    _random(config, "order", split).shuffle(rows)
-    return iter(rows)
+    order = "pool" if split in ("truth", "seeds") else split
+    _random(config, "order", order).shuffle(rows)
+    return iter(rows[: config.seeds] if split == "seeds" else rows)
 
 
 def normalise(text: str) -> str:
@@ -115,6 +122,10 @@ def _pool(config: Icd10Config) -> list[Row]:
     return [_unlabelled(text, "icd_same") for c in _partition(config) for text in c.pool]
 
 
+def _truth(config: Icd10Config) -> list[Row]:
+    return [_labelled(text, c.code) for c in _partition(config) for text in c.pool]
+
+
 def _lookalike(config: Icd10Config) -> list[Row]:
     trained = {c.code for c in _partition(config)}
     texts = [
@@ -140,6 +151,8 @@ _BUILDERS: Mapping[str, Callable[[Icd10Config], list[Row]]] = {
     "private": _private,
     "evaluation": _evaluation,
     "pool": _pool,
+    "truth": _truth,
+    "seeds": _pool,
     "lookalike": _lookalike,
     "elsewhere": _elsewhere,
 }

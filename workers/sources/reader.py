@@ -3,12 +3,12 @@
 import difflib
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import MISSING, fields
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from stillhouse.errors import ConfigError, SourceError
+from stillhouse.errors import SourceError
+from stillhouse.workers.sources.builtins import rows_of
 from stillhouse.workers.sources.files import (
     MalformedRow,
     Rows,
@@ -17,7 +17,7 @@ from stillhouse.workers.sources.files import (
     read_jsonl,
     text_row,
 )
-from stillhouse.workers.sources.refs import DataRef, data_file, fingerprint, package_version, parse
+from stillhouse.workers.sources.refs import DataRef, data_file, fingerprint, parse
 
 _TELLING_ROWS = 16  # when none of the first has a column, its name is wrong
 
@@ -39,7 +39,7 @@ def _open(ref: DataRef, base_dir: Path) -> Rows:
     if ref.scheme == "hf":
         return _hub_rows(ref)
     if ref.scheme == "builtin":
-        return _builtin_rows(ref)
+        return _builtin_rows(ref, base_dir)
     file, form = data_file(ref, base_dir)
     label = ref.body if ref.scheme != "package" else f"package:{ref.body}"
     if form == "parquet":
@@ -103,37 +103,12 @@ def _hub_rows(ref: DataRef) -> Rows:
         ) from error
 
 
-def _builtin_rows(ref: DataRef) -> Rows:
-    package_version(ref.body)
-    from stillhouse.workers.sources.icd10cm import Icd10Config, build
-
+def _builtin_rows(ref: DataRef, base_dir: Path) -> Rows:
     options = dict(ref.options)
-    split = options.pop("split", "")
-    try:
-        rows = build(split, Icd10Config(**_counts(Icd10Config, options, ref.body)))
-    except ConfigError as error:
-        raise SourceError(f"builtin:{ref.body}: {error}") from error
-    return _numbered(_plain(rows), f"builtin:{ref.body}/{split}")
+    rows = rows_of(ref.body, options, base_dir)
+    return _numbered(_plain(rows), f"builtin:{ref.body}/{options.get('split', '')}")
 
 
 def _plain(rows: Iterable[dict[str, str]]) -> Iterator[dict[str, object]]:
     for row in rows:
         yield {**row}
-
-
-def _counts(config: Any, options: dict[str, str], name: str) -> dict[str, int]:
-    """Whole numbers for the fields of `config`; those without a default must be given."""
-    known = [field.name for field in fields(config)]
-    for option, value in options.items():
-        if option not in known:
-            near = difflib.get_close_matches(option, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise SourceError(
-                f"builtin:{name}: expected split, {', '.join(known)}; found {option!r}{hint}"
-            )
-        if not value.isdecimal():
-            raise SourceError(f"builtin:{name}: expected a whole number, found {option}={value}")
-    needed = [f.name for f in fields(config) if f.default is MISSING and f.name not in options]
-    if needed:
-        raise SourceError(f"builtin:{name}: expected {needed[0]}=<number>, found none")
-    return {option: int(value) for option, value in options.items()}

@@ -3,7 +3,7 @@
     jsonl:path   csv:path   parquet:path        files, relative ones from the working directory
     package:<dist>/<file>                       a file of an installed distribution, by its suffix
     hf:dataset@revision?split=train&config=…    a data set of the Hugging Face hub
-    builtin:icd10cm?split=pool&categories=40&…  generated from installed packages
+    builtin:icd10cm?split=pool&categories=40&…  made from installed packages or the user's files
 
 Standard library only: a finished run asks for fingerprints and must load neither pyarrow nor torch.
 """
@@ -13,7 +13,6 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, cast, get_args
 from urllib.parse import parse_qsl
@@ -21,12 +20,12 @@ from urllib.parse import parse_qsl
 from stillhouse.errors import SourceError
 from stillhouse.workers.models.cache_folder import file_digest
 from stillhouse.workers.models.packages import SourceFile, package_file
+from stillhouse.workers.sources.builtins import files_of, package_version, require_builtin
 
 Format = Literal["jsonl", "csv", "parquet"]
 Scheme = Literal["jsonl", "csv", "parquet", "package", "hf", "builtin"]
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-BUILTINS = {"icd10cm": "simple-icd-10-cm"}  # name -> the distribution its rows come from
 BUILDER = 2  # raise it when a builtin makes other rows from the same package and parameters
 
 
@@ -56,7 +55,7 @@ def parse(ref: str) -> DataRef:
     name, _, query = body.partition("?")
     options = _options(ref, query)
     if scheme == "builtin":
-        _require_builtin(name)
+        require_builtin(name)
         return DataRef("builtin", name, None, options)
     name, _, revision = name.partition("@")
     if not _COMMIT.fullmatch(revision):
@@ -89,11 +88,6 @@ def _options(ref: str, query: str) -> tuple[tuple[str, str], ...]:
     return tuple(sorted(pairs))
 
 
-def _require_builtin(name: str) -> None:
-    if name not in BUILTINS:
-        raise SourceError(f"builtin:{name}: expected one of {', '.join(BUILTINS)}, found {name!r}")
-
-
 def data_file(ref: DataRef, base_dir: Path) -> tuple[SourceFile, Format]:
     """The file behind a `jsonl:`, `csv:`, `parquet:` or `package:` reference, and its format."""
     if ref.scheme == "package":
@@ -123,23 +117,19 @@ def fingerprint(ref: str, cache_root: Path, base_dir: Path) -> str:
     if parsed.scheme == "hf":
         return _hash(["hf", parsed.body, parsed.revision, parsed.options])
     if parsed.scheme == "builtin":
-        return _hash(
-            ["builtin", parsed.body, BUILDER, package_version(parsed.body), parsed.options]
-        )
+        return _builtin_fingerprint(parsed, cache_root, base_dir)
     file, form = data_file(parsed, base_dir)
     return _hash([form, file_digest(file.pieces, cache_root)])
 
 
-def package_version(builtin: str) -> str:
-    """Version of the distribution a builtin reads; raises SourceError when it is missing."""
-    name = BUILTINS[builtin]
-    try:
-        return version(name)
-    except PackageNotFoundError as error:
-        raise SourceError(
-            f"builtin:{builtin}: the package {name} is not installed. Install it: "
-            f"pip install 'stillhouse[demo]'"
-        ) from error
+def _builtin_fingerprint(ref: DataRef, cache_root: Path, base_dir: Path) -> str:
+    options = dict(ref.options)
+    made_from = [package_version(ref.body)]
+    made_from += [
+        file_digest((file,), cache_root) for file in files_of(ref.body, options, base_dir)
+    ]
+    options.pop("folder", None)  # where the files lie changes no row
+    return _hash(["builtin", ref.body, BUILDER, made_from, sorted(options.items())])
 
 
 def _hash(parts: object) -> str:

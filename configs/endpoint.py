@@ -1,0 +1,6 @@
+from stillhouse.configs.base import Config
+
+
+class EndpointConfig(Config):
+    url: str
+    model: str

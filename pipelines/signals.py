@@ -1,0 +1,67 @@
+"""What selection can ask of a scored answer, each a formula over the columns of `scores`.
+
+With s_t and b_t the log-probabilities (nats) of the answer's token t under specialist and base,
+x the prompt and n the answer's tokens:
+
+    gap              mean(s_t − b_t) = ln(PPL_base / PPL_specialist)       TuneShift-KD §3
+    controlled_gap   gap less what a line through the controls' gaps, over ln n, gives for its n
+    content_gap      mean of s_t − b_t, token weights ln(N / answers that hold it) of N answers
+    confidence       mean(s_t) = −ln PPL_specialist
+    weakest_token    min(s_t): one doubtful token makes the answer doubtful
+    surprise         −mean(b_t) = ln PPL_base
+    quotient         ln PPL_base / ln PPL_specialist
+    target_weakness  −mean of the target's log-probabilities of the same answer: what it knows
+                     already is not worth training on; asks for score.target
+    random           uniform in [0, 1), by a hash of prompt and seed: a control of the selection
+
+All are of the answer given the prompt. The perplexity of the *prompt*, which popular accounts of
+the method name, points the other way (docs/decisions/0020).
+"""
+
+from collections.abc import Collection
+
+from stillhouse.configs.select import Signal
+
+# Over `answered`: one row an answer, of this round and of the controls; parameter $seed.
+_FORMULAS: dict[Signal, str] = {
+    "gap": "gap",
+    "controlled_gap": "gap - coalesce(slope, 0) * ln(tokens) - coalesce(intercept, 0)",
+    "content_gap": "content_gap",
+    "confidence": "confidence",
+    "weakest_token": "list_min(logp_specialist)",
+    "surprise": "gap - confidence",
+    # A specialist without any doubt would divide by nothing.
+    "quotient": "(gap - confidence) / greatest(-confidence, 1e-6)",
+    "target_weakness": "-target_confidence",
+    "random": "md5_number_lower(prompt_id || '/' || $seed) / 18446744073709551616.0",
+}
+
+# `regr_*` skip rows where one side is NULL, so only controls count.
+_LINE = """, line AS (
+    SELECT regr_slope(gap, size) AS slope, regr_intercept(gap, size) AS intercept
+    FROM (SELECT gap, CASE WHEN role = 'control' THEN ln(tokens) END AS size FROM answered)
+)"""
+_CONTENT = """, pieces AS (
+    SELECT completion_id, unnest(token_ids) AS token,
+        unnest(logp_specialist)::DOUBLE - unnest(logp_base)::DOUBLE AS excess FROM answered
+), rare AS (
+    SELECT token, ln((SELECT count(*) FROM answered) / count(DISTINCT completion_id)) AS weight
+    FROM pieces GROUP BY token
+), content AS (
+    SELECT completion_id, fsum(weight * excess) / nullif(fsum(weight), 0) AS content_gap
+    FROM pieces JOIN rare USING (token) GROUP BY completion_id
+)"""
+
+
+def measured(signals: Collection[Signal]) -> str:
+    """The common table expressions that end with `measured`: `answered` and a column a signal.
+
+    `answered` must stand before. Only what is asked for is computed.
+    """
+    columns = ", ".join(f"({_FORMULAS[name]})::DOUBLE AS signal_{name}" for name in sorted(signals))
+    extra, joins = "", ""
+    if "controlled_gap" in signals:
+        extra, joins = extra + _LINE, joins + " CROSS JOIN line"
+    if "content_gap" in signals:
+        extra, joins = extra + _CONTENT, joins + " LEFT JOIN content USING (completion_id)"
+    return f"{extra}, measured AS (SELECT answered.*, {columns} FROM answered{joins})"

@@ -1,0 +1,83 @@
+"""Each signal against its formula, by hand."""
+
+import math
+from typing import Any
+
+import pytest
+
+from stillhouse.configs.select import Signal
+from stillhouse.pipelines.signals import measured
+from tests.pipelines.conftest import Line
+
+# id, role, token ids, log-probabilities of specialist and base, of the target
+ANSWERS: list[tuple[str, str, list[int], list[float], list[float], float | None]] = [
+    ("a", "pool", [1, 2], [-0.5, -1.0], [-2.0, -1.5], -3.0),
+    ("b", "pool", [1, 3, 4, 5], [-0.25, -0.25, -0.5, 0.0], [-0.5, -1.0, -1.5, -1.0], None),
+    ("k", "control", [1], [-2.0], [-3.0], -1.0),
+    ("l", "control", [1, 6, 7, 8], [-1.0] * 4, [-4.0] * 4, -1.0),
+]
+
+
+def values(line: Line, *signals: Signal) -> dict[str, tuple[Any, ...]]:
+    rows = []
+    for name, role, ids, on, off, target in ANSWERS:
+        gap = sum(s - b for s, b in zip(on, off, strict=True)) / len(ids)
+        known = "NULL" if target is None else target
+        rows.append(
+            f"('{name}', 'p{name}', '{role}', {ids}, {on}, {off}, {gap}, {sum(on) / len(on)}, "
+            f"{len(ids)}, {known})"
+        )
+    names = "completion_id, prompt_id, role, token_ids, logp_specialist, logp_base, gap, "
+    names += "confidence, tokens, target_confidence"
+    columns = ", ".join(f"signal_{name}" for name in signals)
+    sql = (
+        f"WITH answered AS (SELECT * FROM (VALUES {', '.join(rows)}) AS t({names}))"
+        f"{measured(set(signals))} SELECT completion_id, {columns} FROM measured ORDER BY 1"
+    )
+    with line.stage("select").catalog() as catalog:
+        return {row[0]: row[1:] for row in catalog.rows(sql)}
+
+
+def test_gap_confidence_and_what_follows_from_them(line: Line) -> None:
+    found = values(line, "gap", "confidence", "surprise", "quotient", "weakest_token")
+    assert found["a"] == pytest.approx((1.0, -0.75, 1.75, 1.75 / 0.75, -1.0))
+    assert found["b"] == pytest.approx((0.75, -0.25, 1.0, 4.0, -0.5))
+
+
+def test_a_certain_specialist_divides_by_something(line: Line) -> None:
+    ANSWERS.append(("sure", "pool", [9], [0.0], [-2.0], None))
+    try:
+        assert values(line, "quotient")["sure"] == (pytest.approx(2e6),)
+    finally:
+        ANSWERS.pop()
+
+
+def test_the_controlled_gap_is_what_length_does_not_explain(line: Line) -> None:
+    """The controls' gaps are 1 at one token and 3 at four: 1 + 2 ln n / ln 4."""
+    found = values(line, "controlled_gap")
+    assert found["k"] == (pytest.approx(0),)
+    assert found["l"] == (pytest.approx(0),)
+    assert found["a"] == (pytest.approx(1.0 - (1 + 2 * math.log(2) / math.log(4))),)
+    assert found["b"] == (pytest.approx(0.75 - 3.0),)
+
+
+def test_the_content_gap_counts_what_few_answers_hold(line: Line) -> None:
+    """Token 1 is in all four answers and weighs nothing."""
+    found = values(line, "content_gap")
+    assert found["a"] == (pytest.approx(0.5),)
+    assert found["b"] == (pytest.approx((0.75 + 1.0 + 1.0) / 3),)
+    assert found["k"] == (None,)
+
+
+def test_what_the_target_knows(line: Line) -> None:
+    found = values(line, "target_weakness")
+    assert found["a"] == (3.0,)
+    assert found["b"] == (None,)
+
+
+def test_random_is_a_share_of_one_and_of_the_seed(line: Line) -> None:
+    line.tree["select"] = {"order": "random"}
+    sql = "md5_number_lower('x/7') / 18446744073709551616.0"
+    with line.stage("select").catalog() as catalog:
+        [(value,)] = catalog.rows(f"SELECT {sql}")
+    assert 0 <= value < 1
