@@ -16,6 +16,9 @@ from stillhouse.workers.protocols import Failed
 T = TypeVar("T")
 R = TypeVar("R")
 
+# What a batch costs beside its tokens, in tokens: weights are read, layers are called.
+_BATCH_TOKENS = 64
+
 
 @dataclass(frozen=True, slots=True)
 class PaddedBatch:
@@ -39,6 +42,30 @@ def length_buckets(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
         raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def tight_buckets(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """As `length_buckets`, but a batch ends early where going on would pad more than it saves.
+
+    It ends where the rows that could still join would be padded by `_BATCH_TOKENS` or more in all:
+    about what one more batch costs.
+    """
+    buckets: list[list[int]] = []
+    for bucket in length_buckets(lengths, max(len(lengths), 1) if batch_size > 0 else batch_size):
+        start = 0
+        while start < len(bucket):
+            stop = _tight_stop([lengths[i] for i in bucket[start : start + batch_size]])
+            buckets.append(bucket[start : start + stop])
+            start += stop
+    return buckets
+
+
+def _tight_stop(lengths: Sequence[int]) -> int:
+    """How many of these, longest first, go into one batch."""
+    for stop in range(1, len(lengths)):
+        if (lengths[0] - lengths[stop]) * (len(lengths) - stop) >= _BATCH_TOKENS:
+            return stop
+    return len(lengths)
 
 
 def set_broken_aside(

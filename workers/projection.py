@@ -46,6 +46,15 @@ def hidden_states(lm: LanguageModel, batch: PaddedBatch, cache: Cache | None = N
     return hidden_BTD
 
 
+def continued_states(lm: LanguageModel, ids_BT: Tensor, cache: Cache | None) -> Tensor:
+    """Hidden states `[B, T, D]` of rows padded on the right, which go on where `cache` ends.
+
+    No mask is made: a causal model lets no token see the padding that comes after it.
+    """
+    decoder, _ = decoder_and_head(core(lm))
+    return decoder(input_ids=ids_BT, past_key_values=cache, use_cache=cache is not None)
+
+
 def target_logps(
     lm: LanguageModel, rows: Sequence[TargetRow], cache_factory: CacheFactory | None = None
 ) -> Tensor:
@@ -60,7 +69,17 @@ def target_logps(
     width = batch.ids.shape[1]
     gaps = [width - len(ids) if cache_factory else 0 for ids in read]
     cache = cache_factory(gaps) if cache_factory else None
-    hidden_BTD = hidden_states(lm, batch, cache)
+    return read_targets(lm, hidden_states(lm, batch, cache), rows, gaps)
+
+
+def read_targets(
+    lm: LanguageModel, hidden_BTD: Tensor, rows: Sequence[TargetRow], gaps: Sequence[int]
+) -> Tensor:
+    """Log-probabilities of every row's targets, float32 `[N]`, from their hidden states.
+
+    gaps: positions before each row's first token; below 0, so many of its tokens are in a cache.
+    """
+    width, device = hidden_BTD.shape[1], hidden_BTD.device
     at: list[int] = []
     targets: list[int] = []
     for index, (row, gap) in enumerate(zip(rows, gaps, strict=True)):

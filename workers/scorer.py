@@ -1,21 +1,33 @@
 """Log-probabilities of responses given their prompts (TuneShift-KD §3, without its gap).
 
-Only the positions that predict a response token are projected to the vocabulary.
+Only the positions that predict a response token are projected to the vocabulary; what the rows of
+a batch begin with is computed once. docs/decisions/0020 has the measurements.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 
-from stillhouse.workers.batching import length_buckets, set_broken_aside
+from stillhouse.workers.batching import pad_right, set_broken_aside, tight_buckets
 from stillhouse.workers.cache import CacheFactory
+from stillhouse.workers.linear_mode import fast_linears
 from stillhouse.workers.models.language_model import LanguageModel
-from stillhouse.workers.projection import TargetRow, target_logps
+from stillhouse.workers.projection import (
+    TargetRow,
+    continued_states,
+    core,
+    read_targets,
+    target_logps,
+)
 from stillhouse.workers.protocols import Failed, Pair, PairLogp, ResponseLogp
+from stillhouse.workers.shared_prefix import PrefixSource
+
+Rows = Sequence[TargetRow | Failed]
 
 
 def response_logps(
@@ -28,20 +40,19 @@ def response_logps(
 
     With `cache_factory`, every attention reads keys and values as that cache gives them back.
     """
-    rows = [_row(lm, pair) for pair in pairs]
-    scores: dict[int, ResponseLogp | Failed] = {
-        index: row for index, row in enumerate(rows) if isinstance(row, Failed)
-    }
-    fit = [(index, row) for index, row in enumerate(rows) if isinstance(row, TargetRow)]
-    for bucket in length_buckets([len(row.ids) for _, row in fit], batch_size):
-        members = [fit[position] for position in bucket]
-        scored = set_broken_aside(lambda some: _score_batch(lm, some, cache_factory), members)
-        scores.update(zip((index for index, _ in members), scored, strict=True))
-    return [scores[index] for index in range(len(rows))]
+    rows = _rows(lm, pairs)
+    return _scores(lm, rows, _buckets([rows], batch_size), cache_factory)
 
 
-def _row(lm: LanguageModel, pair: Pair) -> TargetRow | Failed:
-    prompt, response = lm.encode_prompt(pair.prompt), lm.encode_response(pair.response)
+def _rows(lm: LanguageModel, pairs: Sequence[Pair]) -> list[TargetRow | Failed]:
+    prompts = lm.encode_prompts([pair.prompt for pair in pairs]) if pairs else []
+    return [
+        _row(lm, prompt, lm.encode_response(pair.response))
+        for prompt, pair in zip(prompts, pairs, strict=True)
+    ]
+
+
+def _row(lm: LanguageModel, prompt: list[int], response: list[int]) -> TargetRow | Failed:
     length = len(prompt) + len(response)
     if not response:
         return Failed("empty_response: no token to score")
@@ -52,15 +63,60 @@ def _row(lm: LanguageModel, pair: Pair) -> TargetRow | Failed:
     return TargetRow([*prompt, *response], len(response))
 
 
-@torch.inference_mode()
-def _score_batch(
+def _buckets(models: Sequence[Rows], batch_size: int) -> list[list[int]]:
+    """Batches of pairs, by index, for all models: those that at least one of them can score."""
+    lengths = {
+        index: max(len(row.ids) for row in rows if isinstance(row, TargetRow))
+        for index, rows in enumerate(zip(*models, strict=True))
+        if any(isinstance(row, TargetRow) for row in rows)
+    }
+    fit = list(lengths)
+    buckets = tight_buckets(list(lengths.values()), batch_size)
+    return [[fit[position] for position in bucket] for bucket in buckets]
+
+
+def _scores(
     lm: LanguageModel,
-    members: Sequence[tuple[int, TargetRow]],
-    cache_factory: CacheFactory | None,
+    rows: Rows,
+    buckets: Sequence[Sequence[int]],
+    cache_factory: CacheFactory | None = None,
 ) -> list[ResponseLogp | Failed]:
-    rows = [row for _, row in members]
-    logps = iter(target_logps(lm, rows, cache_factory).tolist())
-    return [_scored(row, list(islice(logps, row.targets))) for row in rows]
+    """Score every row that can be, in these batches."""
+    scores = {index: row for index, row in enumerate(rows) if isinstance(row, Failed)}
+    scored: dict[int, ResponseLogp | Failed] = dict(scores)
+    logps = _logps_with(lm, cache_factory)
+    for bucket in buckets:
+        members = {i: row for i in bucket if isinstance(row := rows[i], TargetRow)}
+        if members:
+            made = set_broken_aside(lambda some: _score_batch(logps, some), [*members.values()])
+            scored.update(zip(members, made, strict=True))
+    return [scored[index] for index in range(len(rows))]
+
+
+Logps = Callable[[Sequence[TargetRow]], Tensor]
+
+
+def _logps_with(lm: LanguageModel, cache_factory: CacheFactory | None) -> Logps:
+    """From the rows of a batch to their targets' log-probabilities."""
+    if cache_factory is not None:  # a prefix computed apart would be stored apart
+        return lambda rows: target_logps(lm, rows, cache_factory)
+    prefixes = PrefixSource(lm)
+
+    def logps(rows: Sequence[TargetRow]) -> Tensor:
+        skipped, cache = prefixes.shared(rows)
+        read = [row.ids[skipped:-1] for row in rows]
+        batch = pad_right(read, lm.pad, core(lm).device)
+        hidden_BTD = continued_states(lm, batch.ids, cache)
+        return read_targets(lm, hidden_BTD, rows, [-skipped] * len(rows))
+
+    return logps
+
+
+@torch.inference_mode()
+def _score_batch(logps: Logps, rows: Sequence[TargetRow]) -> list[ResponseLogp | Failed]:
+    with fast_linears():
+        found: Iterator[float] = iter(logps(rows).tolist())
+    return [_scored(row, list(islice(found, row.targets))) for row in rows]
 
 
 def _scored(row: TargetRow, logp: list[float]) -> ResponseLogp | Failed:
@@ -81,9 +137,12 @@ def pair_logps(
     specialist: LanguageModel, base: LanguageModel, pairs: Sequence[Pair], batch_size: int
 ) -> list[PairLogp | Failed]:
     """Score each response under both; `base is specialist` means one model, adapter on and off."""
-    on = response_logps(specialist, pairs, batch_size)
+    rows = _rows(specialist, pairs)
+    base_rows = rows if base is specialist else _rows(base, pairs)
+    buckets = _buckets([rows, base_rows], batch_size)
+    on = _scores(specialist, rows, buckets)
     with acting_as_base(specialist, base):
-        off = response_logps(base, pairs, batch_size)
+        off = _scores(base, base_rows, buckets)
     return [
         _joined(one, two, specialist.response_ends(pair.response))
         for pair, one, two in zip(pairs, on, off, strict=True)

@@ -16,6 +16,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn.functional import linear
 
 DEFAULT_CHUNK = 128  # 128 MiB of logits at a vocabulary of 262,144
 _VOCABULARY_BLOCK = 8192  # rows of a low-precision weight widened at a time
@@ -166,14 +167,23 @@ def _logits(hidden_CD: Tensor, head: _Head) -> Tensor:
     weight_VD, bias_V, softcap = head
     wide = _wide_dtype(hidden_CD, weight_VD)
     hidden_CD = hidden_CD.to(wide)
-    logits_CV = hidden_CD.new_empty((hidden_CD.shape[0], weight_VD.shape[0]))
-    # Products with `out`, and those in place below, are none that autocast would round.
-    for block in _weight_blocks(weight_VD, wide):
-        torch.mm(hidden_CD, weight_VD[block].to(wide).T, out=logits_CV[:, block])
+    logits_CV = _product(hidden_CD, weight_VD)
     if bias_V is not None:
         logits_CV += bias_V.to(wide)
     if softcap is not None:
         logits_CV.div_(softcap).tanh_().mul_(softcap)
+    return logits_CV
+
+
+def _product(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
+    """hidden @ weight^T in hidden's dtype, a fresh [C, V]."""
+    wide = hidden_CD.dtype
+    if weight_VD.dtype == wide and not torch.is_autocast_enabled(hidden_CD.device.type):
+        return linear(hidden_CD, weight_VD)  # by that name, modes that multiply faster know it
+    logits_CV = hidden_CD.new_empty((hidden_CD.shape[0], weight_VD.shape[0]))
+    # Products with `out`, and those in place elsewhere, are none that autocast would round.
+    for block in _weight_blocks(weight_VD, wide):
+        torch.mm(hidden_CD, weight_VD[block].to(wide).T, out=logits_CV[:, block])
     return logits_CV
 
 

@@ -1,5 +1,6 @@
 """Tiny random models with a byte-level tokenizer, made in a moment; nothing is downloaded."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from stillhouse.configs.stages import LoraConfig
+from stillhouse.workers.adapter_training import adapter_parameters, put_adapter
 from stillhouse.workers.models.language_model import LanguageModel, load
 from stillhouse.workers.models.store import ModelStore
 from stillhouse.workers.protocols import ModelSpec, TrainJob
@@ -120,3 +123,15 @@ def job(model_folders, tmp_path):
         return TrainJob(ModelSpec(str(model_folders[kind])), examples, config, tmp_path / folder)
 
     return make
+
+
+@pytest.fixture
+def specialist(model_folders, store):
+    """A model with an adapter that is not zero."""
+    fresh = load(store, ModelSpec(str(model_folders["llama"])))
+    adapted = put_adapter(fresh.model, LoraConfig(rank=2), "ref", seed=0)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in adapter_parameters(adapted).values():
+            parameter.normal_(std=0.3, generator=generator)
+    return dataclasses.replace(fresh, model=adapted)

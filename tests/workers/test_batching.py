@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stillhouse.workers.batching import length_buckets, pad_left, pad_right
+from stillhouse.workers.batching import length_buckets, pad_left, pad_right, tight_buckets
 
 CPU = torch.device("cpu")
 
@@ -40,3 +40,22 @@ def test_right_padding_starts_every_row_at_the_first_position():
     assert batch.ids.tolist() == [[7, 8, 9], [5, 5, 5]]
     assert batch.mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch.positions.tolist() == [[0, 1, 2], [0, 0, 0]]
+
+
+def test_a_batch_ends_where_padding_would_cost_more_than_another_batch():
+    assert tight_buckets([100, 100, 30, 30, 30], 8) == [[0, 1], [2, 3, 4]]
+    assert tight_buckets([40, 30, 30], 8) == [[0, 1, 2]]
+    assert tight_buckets([], 4) == []
+    with pytest.raises(ValueError, match="batch_size"):
+        tight_buckets([1], 0)
+
+
+@given(st.lists(st.integers(1, 300), max_size=80), st.integers(1, 9))
+def test_tight_batches_hold_every_row_once_with_bounded_padding(lengths, batch_size):
+    batches = tight_buckets(lengths, batch_size)
+    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert 1 <= len(batch) <= batch_size
+        longest = max(lengths[row] for row in batch)
+        for at, row in enumerate(batch[1:], start=1):
+            assert (longest - lengths[row]) * (len(batch) - at) < 64

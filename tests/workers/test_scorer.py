@@ -5,8 +5,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stillhouse.configs.stages import CompressConfig, LoraConfig
-from stillhouse.workers.adapter_training import adapter_parameters, put_adapter
+from stillhouse.configs.stages import CompressConfig
 from stillhouse.workers.divergence import compressed_cache_factory
 from stillhouse.workers.models.language_model import load
 from stillhouse.workers.protocols import Failed, ModelSpec, Pair, PairLogp, ResponseLogp
@@ -113,18 +112,6 @@ def test_a_pair_that_fills_the_context_is_scored(llama):
     assert isinstance(made, ResponseLogp)
 
 
-@pytest.fixture
-def specialist(model_folders, store):
-    """A model with an adapter that is not zero."""
-    fresh = load(store, ModelSpec(str(model_folders["llama"])))
-    adapted = put_adapter(fresh.model, LoraConfig(rank=2), "ref", seed=0)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in adapter_parameters(adapted).values():
-            parameter.normal_(std=0.3, generator=generator)
-    return dataclasses.replace(fresh, model=adapted)
-
-
 def test_with_the_adapter_off_the_model_is_its_base_exactly(specialist, llama):
     pairs = pair_logps(specialist, specialist, PAIRS, batch_size=2)
     base = response_logps(llama, PAIRS, batch_size=2)
@@ -169,3 +156,18 @@ def test_a_pair_that_the_compressed_cache_cannot_hold_fails_alone(llama):
     assert isinstance(failed, Failed)
     assert failed.reason.startswith("not_finite: expected finite vectors")
     assert [first, last] == [response_logps(llama, [pair], 1, cache)[0] for pair in pairs[::2]]
+
+
+def test_two_models_may_fail_different_pairs(llama, gemma):
+    """Gemma has a BOS: it can score what follows nothing, and fits one token less."""
+    pairs = [Pair("", "a"), Pair("y" * 90, "123456"), Pair("a", ""), PAIRS[0]]
+    made = pair_logps(llama, gemma, pairs, batch_size=4)
+    assert [one.reason.split(":")[0] for one in made if isinstance(one, Failed)] == [
+        "empty_prompt",
+        "pair_too_long",
+        "empty_response",
+    ]
+    (one,), (two,) = (response_logps(lm, PAIRS[:1], 1) for lm in (llama, gemma))
+    assert made[3].logp_specialist == pytest.approx(one.logp, abs=1e-5)
+    assert made[3].logp_base == pytest.approx(two.logp, abs=1e-5)
+    assert made[3].prompt_tokens == one.prompt_tokens
