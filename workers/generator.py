@@ -21,6 +21,7 @@ from transformers import (
 
 from stillhouse.workers.batching import length_buckets, pad_left, set_broken_aside
 from stillhouse.workers.cache import CacheFactory
+from stillhouse.workers.linear_mode import fast_linears
 from stillhouse.workers.models.language_model import LanguageModel
 from stillhouse.workers.projection import core
 from stillhouse.workers.protocols import Completion, Decoding, Failed
@@ -82,7 +83,7 @@ def _generate_batch(
         processors.append(_GumbelNoise(how, members, model.device))
     padding = [batch.ids.shape[1] - len(row) for row in rows]
     cache = None if cache_factory is None else cache_factory(padding)
-    with _no_inherited_decoding(model):
+    with _no_inherited_decoding(model), fast_linears():
         output_BT = model.generate(
             batch.ids,
             attention_mask=batch.mask,

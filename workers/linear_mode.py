@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import Parameter
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
@@ -21,10 +22,10 @@ _PLAIN = (Tensor, Parameter)  # no quantised or wrapped weight
 
 
 class OneDnnLinearMode(TorchFunctionMode):
-    """Within it every linear layer that asks for no gradient is multiplied by oneDNN.
+    """Within it every linear layer whose weights are frozen is multiplied by oneDNN.
 
-    What oneDNN has no float32 product for goes to torch as always. Weights are read where they lie:
-    nothing is copied or changed.
+    So are its input's gradients. What oneDNN has no float32 product for goes to torch as always.
+    Weights are read where they lie: nothing is copied or changed.
     """
 
     def __torch_function__(
@@ -62,10 +63,37 @@ def _vendor() -> str | None:
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if torch.is_grad_enabled() or not all(map(_is_plain, (input, weight, bias))):
+    asks = torch.is_grad_enabled()
+    learns = asks and any(x is not None and x.requires_grad for x in (weight, bias))
+    if learns or not all(map(_is_plain, (input, weight, bias))):
         return linear(input, weight, bias)
+    if asks and input.requires_grad:
+        return _frozen(input, weight, bias)
+    return _product(input, weight, bias)
+
+
+def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     product: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
     return product
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """A product whose weight and bias get no gradient."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return _product(input, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return _product(upstream, weight.T, None), None, None
+
+
+# torch types `apply` as untyped; its arguments are those of `forward`.
+_frozen = cast(Callable[[Tensor, Tensor, Tensor | None], Tensor], _FrozenLinear.apply)
 
 
 def _is_plain(x: Tensor | None) -> bool:

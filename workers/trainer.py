@@ -16,6 +16,7 @@ from stillhouse.errors import ModelError, SourceError, TrainingError
 from stillhouse.workers.adapter_training import adapter_parameters, put_adapter, write_adapter
 from stillhouse.workers.checkpoints import CheckpointStore, TrainState
 from stillhouse.workers.folders import atomic_folder
+from stillhouse.workers.linear_mode import fast_linears
 from stillhouse.workers.models.language_model import LanguageModel
 from stillhouse.workers.models.store import silent
 from stillhouse.workers.projection import TargetRow, core, target_logps
@@ -178,7 +179,8 @@ class _Loop:
         config, number = self._config, len(self.history) + 1
         rate = learning_rate(number, self.total, config.learning_rate, config.warmup_fraction)
         self._optimizer.param_groups[0]["lr"] = rate
-        logp_N = target_logps(self._lm, [row.target for row in rows])
+        with fast_linears():
+            logp_N = target_logps(self._lm, [row.target for row in rows])
         learnt = [mark for row in rows for mark in row.learnt]
         if not all(learnt):
             logp_N = logp_N[torch.tensor(learnt, device=logp_N.device)]

@@ -178,8 +178,8 @@ def _logits(hidden_CD: Tensor, head: _Head) -> Tensor:
 def _product(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
     """hidden @ weight^T in hidden's dtype, a fresh [C, V]."""
     wide = hidden_CD.dtype
-    if weight_VD.dtype == wide and not torch.is_autocast_enabled(hidden_CD.device.type):
-        return linear(hidden_CD, weight_VD)  # by that name, modes that multiply faster know it
+    if _is_plain_product(hidden_CD, weight_VD):
+        return linear(hidden_CD, weight_VD)
     logits_CV = hidden_CD.new_empty((hidden_CD.shape[0], weight_VD.shape[0]))
     # Products with `out`, and those in place elsewhere, are none that autocast would round.
     for block in _weight_blocks(weight_VD, wide):
@@ -187,8 +187,16 @@ def _product(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
     return logits_CV
 
 
+def _is_plain_product(left: Tensor, weight_VD: Tensor) -> bool:
+    """Whether F.linear may multiply these: by that name, modes that multiply faster know it."""
+    return weight_VD.dtype == left.dtype and not torch.is_autocast_enabled(left.device.type)
+
+
 def _multiply_weight(grad_CV: Tensor, weight_VD: Tensor, out_CD: Tensor) -> None:
     """out = grad @ weight, in the wide dtype."""
+    if _is_plain_product(grad_CV, weight_VD):
+        out_CD.copy_(linear(grad_CV, weight_VD.T))
+        return
     out_CD.zero_()
     for block in _weight_blocks(weight_VD, out_CD.dtype):
         out_CD.addmm_(grad_CV[:, block], weight_VD[block].to(out_CD.dtype))

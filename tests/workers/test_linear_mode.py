@@ -57,7 +57,19 @@ def test_other_numbers_are_torchs(products, dtype):
     assert not products
 
 
-def test_gradients_are_torchs(products):
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_frozen_layer_passes_gradients_on(products, bias):
+    layer = Linear(4, 3, bias=bias).requires_grad_(False)
+    x = torch.randn(2, 5, 4, requires_grad=True)
+    upstream = torch.randn(2, 5, 3)
+    with OneDnnLinearMode():
+        made = layer(x)
+    made.backward(upstream)
+    assert len(products) == 2
+    torch.testing.assert_close(x.grad, upstream @ layer.weight, rtol=0, atol=1e-6)
+
+
+def test_a_layer_that_learns_is_torchs(products):
     layer = Linear(4, 3)
     with OneDnnLinearMode():
         layer(torch.randn(2, 4)).sum().backward()

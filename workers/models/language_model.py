@@ -64,7 +64,7 @@ class TextCodec:
             self.lead + text, add_special_tokens=False, return_offsets_mapping=True
         )
         ends = [max(end - len(self.lead), 0) for _, end in made.offset_mapping]
-        return ends[len(ends) - len(self.encode_response(text)) :]
+        return ends[len(self.tokenizer(self.lead, add_special_tokens=False).input_ids) :]
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens left out."""
