@@ -117,7 +117,11 @@ class RecipeConfig(Config):
         if "target_weakness" in self.select.signals() and not self.score.target:
             raise ValueError("select: target_weakness needs score.target=true")
         asking = [c.signal for c in self.select.criteria if c.controls is not None]
-        asking += ["controlled_gap"] if "controlled_gap" in self.select.signals() else []
+        asking += sorted({"controlled_gap", "likeness"} & self.select.signals())
+        if "likeness" in self.select.signals() and not self.data.seeds:
+            raise ValueError(
+                "select: likeness is likeness to the seeds; name some under data.seeds"
+            )
         if asking and not self.data.controls:
             raise ValueError(
                 f"select: {asking[0]} is measured against control prompts; name some that are not "

@@ -16,6 +16,7 @@ Signal = Literal[
     "weakest_token",
     "surprise",
     "quotient",
+    "likeness",
     "target_weakness",
     "random",
 ]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 NO_LIMIT = 2**62
 
-# One row an answer of the round; controls come along in every round, to calibrate.
+# One row an answer of the round; seeds and controls come along in every round, to compare with.
 ANSWERED = """
 WITH answered AS (
     SELECT scores.*, completions.text AS answer, finish, role, prompts.text AS prompt_text,
@@ -29,7 +29,7 @@ WITH answered AS (
     FROM scores JOIN completions USING (completion_id)
     JOIN prompts ON prompts.prompt_id = scores.prompt_id AND prompts.status = 'kept'
     LEFT JOIN target_scores ON target_scores.completion_id = scores.completion_id
-    WHERE scores.status = 'kept' AND (scores.round = $round OR role = 'control')
+    WHERE scores.status = 'kept' AND (scores.round = $round OR role IN ('seed', 'control'))
 )"""
 # MinHash with one permutation (Broder 1997): prompts share a bucket with a probability that is the
 # Jaccard index of their words.

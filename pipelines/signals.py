@@ -10,19 +10,22 @@ x the prompt and n the answer's tokens:
     weakest_token    min(s_t): one doubtful token makes the answer doubtful
     surprise         −mean(b_t) = ln PPL_base
     quotient         ln PPL_base / ln PPL_specialist
+    likeness         of the prompt alone: mean over its character trigrams of
+                     ln P(trigram | seeds) − ln P(trigram | controls), each count plus a half and
+                     without the prompt's own (Moore & Lewis, ACL 2010, on trigrams)
     target_weakness  −mean of the target's log-probabilities of the same answer: what it knows
                      already is not worth training on; asks for score.target
     random           uniform in [0, 1), by a hash of prompt and seed: a control of the selection
 
-All are of the answer given the prompt. The perplexity of the *prompt*, which popular accounts of
-the method name, points the other way (docs/decisions/0020).
+All but likeness and random are of the answer given the prompt. The perplexity of the *prompt*,
+which popular accounts of the method name, points the other way (docs/decisions/0021).
 """
 
 from collections.abc import Collection
 
 from stillhouse.configs.select import Signal
 
-# Over `answered`: one row an answer, of this round and of the controls; parameter $seed.
+# Over `answered`: one row an answer, of this round, the seeds and the controls; parameter $seed.
 _FORMULAS: dict[Signal, str] = {
     "gap": "gap",
     "controlled_gap": "gap - coalesce(slope, 0) * ln(tokens) - coalesce(intercept, 0)",
@@ -32,6 +35,7 @@ _FORMULAS: dict[Signal, str] = {
     "surprise": "gap - confidence",
     # A specialist without any doubt would divide by nothing.
     "quotient": "(gap - confidence) / greatest(-confidence, 1e-6)",
+    "likeness": "likeness",
     "target_weakness": "-target_confidence",
     "random": "md5_number_lower(prompt_id || '/' || $seed) / 18446744073709551616.0",
 }
@@ -51,6 +55,34 @@ _CONTENT = """, pieces AS (
     SELECT completion_id, fsum(weight * excess) / nullif(fsum(weight), 0) AS content_gap
     FROM pieces JOIN rare USING (token) GROUP BY completion_id
 )"""
+_LIKENESS = """, written AS (
+    SELECT completion_id, role, ' ' || lower(prompt_text) || ' ' AS line FROM answered
+), trigrams AS (
+    SELECT completion_id, role, gram, count(*) AS times FROM (
+        SELECT completion_id, role,
+            unnest(list_transform(range(1, length(line) - 1), lambda begin: line[begin:begin + 2])) AS gram
+        FROM written
+    ) GROUP BY ALL
+), sides AS (
+    SELECT gram, coalesce(sum(times) FILTER (role = 'seed'), 0) AS in_seeds,
+        coalesce(sum(times) FILTER (role = 'control'), 0) AS in_controls
+    FROM trigrams GROUP BY gram
+), sizes AS (
+    SELECT sum(in_seeds) AS seeds, sum(in_controls) AS controls,
+        1 + count(*) FILTER (in_seeds + in_controls > 0) AS kinds
+    FROM sides
+), own AS (
+    SELECT completion_id, sum(times) AS own FROM trigrams GROUP BY completion_id
+), likened AS (
+    SELECT completion_id, fsum(times * (
+        ln((in_seeds - CASE role WHEN 'seed' THEN times ELSE 0 END + 0.5)
+            / (seeds - CASE role WHEN 'seed' THEN own ELSE 0 END + 0.5 * kinds))
+        - ln((in_controls - CASE role WHEN 'control' THEN times ELSE 0 END + 0.5)
+            / (controls - CASE role WHEN 'control' THEN own ELSE 0 END + 0.5 * kinds))
+    )) / any_value(own) AS likeness
+    FROM trigrams JOIN sides USING (gram) JOIN own USING (completion_id) CROSS JOIN sizes
+    GROUP BY completion_id
+)"""
 
 
 def measured(signals: Collection[Signal]) -> str:
@@ -64,4 +96,6 @@ def measured(signals: Collection[Signal]) -> str:
         extra, joins = extra + _LINE, joins + " CROSS JOIN line"
     if "content_gap" in signals:
         extra, joins = extra + _CONTENT, joins + " LEFT JOIN content USING (completion_id)"
+    if "likeness" in signals:
+        extra, joins = extra + _LIKENESS, joins + " LEFT JOIN likened USING (completion_id)"
     return f"{extra}, measured AS (SELECT answered.*, {columns} FROM answered{joins})"

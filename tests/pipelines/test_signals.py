@@ -69,6 +69,31 @@ def test_the_content_gap_counts_what_few_answers_hold(line: Line) -> None:
     assert found["k"] == (None,)
 
 
+def test_likeness_is_to_the_seeds_and_not_to_the_controls(line: Line) -> None:
+    """Trigrams of ` ab `: ` ab` and `ab `; of ` xy `: two others. Each prompt counts the others."""
+    texts = {"s": "ab", "t": "ab", "k": "xy", "p": "AB", "q": "xy"}
+    roles = {"s": "seed", "t": "seed", "k": "control"}
+    rows = ", ".join(
+        f"('{name}', '{roles.get(name, 'pool')}', '{text}')" for name, text in texts.items()
+    )
+    sql = (
+        f"WITH answered AS (SELECT * FROM (VALUES {rows}) AS t(completion_id, role, prompt_text))"
+        f"{measured({'likeness'})} SELECT completion_id, signal_likeness FROM measured"
+    )
+    with line.stage("select").catalog() as catalog:
+        found = dict(catalog.rows(sql))
+    kinds = 5  # four trigrams, and one for all that nobody has seen
+    like = math.log(2.5 / (4 + kinds / 2)) - math.log(0.5 / (2 + kinds / 2))
+    unlike = math.log(0.5 / (4 + kinds / 2)) - math.log(1.5 / (2 + kinds / 2))
+    assert found["p"] == pytest.approx(like)
+    assert found["q"] == pytest.approx(unlike)
+    alone = math.log(1.5 / (2 + kinds / 2)) - math.log(0.5 / (2 + kinds / 2))
+    assert found["s"] == found["t"] == pytest.approx(alone)
+    assert found["k"] == pytest.approx(
+        math.log(0.5 / (4 + kinds / 2)) - math.log(0.5 / (kinds / 2))
+    )
+
+
 def test_what_the_target_knows(line: Line) -> None:
     found = values(line, "target_weakness")
     assert found["a"] == (3.0,)
