@@ -7,11 +7,13 @@ No model is asked, and of the language only that it has words and capitals.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 LONGEST = 3  # words of a filler
 NAMES = 0  # the kind of names
+_RARE = 2  # texts that a name begins, where no other one shows that it is a name
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 _INNER = re.compile(r"(?<=[\w,;:)] )\w+(?:['’-]\w+)*|(?<=[(\[/])\w+(?:['’-]\w+)*")
 _SHORTENED = re.compile(r"['’]")  # I'm, It's
@@ -19,12 +21,16 @@ _SHORTENED = re.compile(r"['’]")  # I'm, It's
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """A prompt with one slot, the kind of what fills it, and the place of the text it is from."""
+    """A prompt with one slot, the kind of what fills it, and the place of the text it is from.
+
+    support: how many fillers it was seen with.
+    """
 
     head: str
     tail: str
     kind: int
     place: int
+    support: int
 
     def filled(self, filler: str) -> str:
         """The prompt with this filler."""
@@ -36,16 +42,22 @@ class Forms:
     """Forms, and fillers by kind; both in the order in which they were seen."""
 
     forms: tuple[Form, ...]
-    fillers: tuple[tuple[str, ...], ...]
+    fillers: tuple[Mapping[str, int], ...]  # each with the number of forms it was seen in
 
     @property
     def entities(self) -> int:
         """How many different fillers there are."""
         return len(set().union(*self.fillers))
 
-    def of_kind(self, form: Form) -> tuple[str, ...]:
-        """What may fill a form's slot."""
+    def of_kind(self, form: Form) -> Mapping[str, int]:
+        """What may fill a form's slot, and its support."""
         return self.fillers[form.kind]
+
+
+def strong(support: Sequence[int]) -> float:
+    """The support from which one is no accident: a third of what the average sighting has."""
+    total = sum(support)
+    return sum(value * value for value in support) / total / 3 if total else 0.0
 
 
 _Slot = tuple[str, str]  # what stands before it, and after
@@ -60,11 +72,12 @@ def mine(texts: Sequence[str], further: Sequence[str] = ()) -> Forms:
             seen.setdefault(slot, {}).setdefault(filler, place)
     names = _names(texts, seen)
     slots = {slot: found for slot, found in seen.items() if _is_form(slot, found, names)}
+    lent: dict[_Slot, set[str]] = {}
     for text in further:
         for slot, filler in _cuts(text):
-            if slot in slots:
-                slots[slot].setdefault(filler, len(texts))
-    return _sorted_out(slots, names)
+            if slot in slots and filler not in slots[slot]:
+                lent.setdefault(slot, set()).add(filler)
+    return _sorted_out(slots, names, lent)
 
 
 def _cuts(text: str) -> Iterator[tuple[_Slot, str]]:
@@ -83,9 +96,14 @@ def _names(texts: Sequence[str], seen: Mapping[_Slot, _Fillers]) -> set[str]:
     able = {word for word in words if _looks_like_a_name(word) and word.lower() not in words}
     inner = {match[0] for text in texts for match in _INNER.finditer(text)}
     names = able & inner
+    begins = Counter(match[0] for text in texts if (match := _WORD.match(text)))
     for (head, _), fillers in seen.items():
-        if not head and not names.isdisjoint(fillers):
-            names.update(able.intersection(fillers))
+        first = able.intersection(fillers) if not head else set()
+        rare = {word for word in first if begins[word] <= _RARE}
+        if not names.isdisjoint(first):
+            names |= first
+        elif len(rare) > 1:  # Which and What begin many texts
+            names |= rare
     return names
 
 
@@ -105,7 +123,9 @@ def _is_form(slot: _Slot, fillers: _Fillers, names: set[str]) -> bool:
     return varies and len(_WORD.findall("".join(slot))) > 1
 
 
-def _sorted_out(slots: Mapping[_Slot, _Fillers], names: set[str]) -> Forms:
+def _sorted_out(
+    slots: Mapping[_Slot, _Fillers], names: set[str], lent: Mapping[_Slot, set[str]]
+) -> Forms:
     """Number the kinds: forms that share a filler have one, and all that take names the first."""
     parent = list(range(1 + len(slots)))
 
@@ -122,10 +142,11 @@ def _sorted_out(slots: Mapping[_Slot, _Fillers], names: set[str]) -> Forms:
             parent[max(one, other)] = min(one, other)
     roots = [root(place) for place in range(len(parent))]
     number = {kind: index for index, kind in enumerate(sorted(set(roots)))}
-    of_kind: list[dict[str, None]] = [{} for _ in number]
+    of_kind: list[Counter[str]] = [Counter() for _ in number]
     forms = []
     for place, (slot, fillers) in enumerate(slots.items(), start=1):
         kind = number[roots[place]]
-        of_kind[kind].update(dict.fromkeys(fillers))
-        forms.append(Form(*slot, kind, min(fillers.values())))
-    return Forms(tuple(forms), tuple(map(tuple, of_kind)))
+        of_kind[kind].update(list(fillers))
+        of_kind[kind].update(dict.fromkeys(sorted(lent.get(slot, ())), 0))
+        forms.append(Form(*slot, kind, min(fillers.values()), len(fillers)))
+    return Forms(tuple(forms), tuple(of_kind))

@@ -6,11 +6,11 @@ selected prompts are made of, and covers what a small model never thinks of
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, zip_longest
 
-from stillhouse.pipelines.forms import mine
+from stillhouse.pipelines.forms import Form, mine, strong
 
 JOIN = ", "
 
@@ -84,18 +84,37 @@ def _new(proposals: Iterator[Proposal | None], known: set[str]) -> Iterator[Prop
 def _refilled(
     seeds: Sequence[Seed], further: Sequence[str], source: random.Random
 ) -> Iterator[Proposal]:
-    """Each form once with one filler, then each with another, until all are through."""
+    """Well-supported forms with fillers, then all: a form once with each, one after the other.
+
+    Of the fillers that are no accident those come first that were seen in the fewest forms.
+    """
     mined = mine([seed.text for seed in seeds], further)
-    forms = list(mined.forms)
-    source.shuffle(forms)
-    turns = [source.sample(fillers, len(fillers)) for fillers in mined.fillers]
-    for turn in range(max(map(len, turns), default=0)):
+    enough = strong([form.support for form in mined.forms])
+    often = [form for form in mined.forms if form.support >= enough]
+    seldom = [form for form in mined.forms if form.support < enough]
+    known = [_by_support(fillers, source) for fillers in mined.fillers]
+    for forms, tier in ((often, 0), (seldom, 0), (often, 1), (seldom, 1)):
+        source.shuffle(forms)
+        for form, filler in _turns(forms, [tiers[tier] for tiers in known]):
+            yield Proposal(seeds[form.place].prompt_id, form.filled(filler))
+
+
+def _turns(forms: Sequence[Form], fillers: Sequence[Sequence[str]]) -> Iterator[tuple[Form, str]]:
+    """Each form with one filler of its kind, then each with another, until all are through."""
+    for turn in range(max((len(fillers[form.kind]) for form in forms), default=0)):
         for place, form in enumerate(forms):
-            fillers = turns[form.kind]
-            if turn < len(fillers):
-                # Not the same filler for every form of a turn.
-                text = form.filled(fillers[(turn + place) % len(fillers)])
-                yield Proposal(seeds[form.place].prompt_id, text)
+            kind = fillers[form.kind]
+            if turn < len(kind):
+                yield form, kind[(turn + place) % len(kind)]  # not the same one for every form
+
+
+def _by_support(fillers: Mapping[str, int], source: random.Random) -> tuple[list[str], list[str]]:
+    """Fillers that are no accident, the least seen first; and the others, the most seen first."""
+    enough = max(strong(list(fillers.values())), 1)
+    order = source.sample(list(fillers), len(fillers))
+    often = [filler for filler in order if fillers[filler] >= enough]
+    seldom = [filler for filler in order if fillers[filler] < enough]
+    return sorted(often, key=fillers.__getitem__), sorted(seldom, key=lambda f: -fillers[f])
 
 
 def _crossed(seeds: Sequence[Seed], count: int, source: random.Random) -> Iterator[Proposal]:

@@ -60,7 +60,8 @@ _LIKENESS = """, written AS (
 ), trigrams AS (
     SELECT completion_id, role, gram, count(*) AS times FROM (
         SELECT completion_id, role,
-            unnest(list_transform(range(1, length(line) - 1), lambda begin: line[begin:begin + 2])) AS gram
+            unnest(list_transform(range(1, length(line) - 1),
+                lambda begin: line[begin:begin + 2])) AS gram
         FROM written
     ) GROUP BY ALL
 ), sides AS (

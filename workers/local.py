@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stillhouse.configs.endpoint import EndpointConfig
 from stillhouse.workers.cache_quality.job import Progress, QualityJob
 from stillhouse.workers.cache_quality.report import QualityReport
 from stillhouse.workers.models.refs import fingerprint
@@ -30,6 +31,7 @@ from stillhouse.workers.protocols import (
     PairWorker,
     ResponseLogp,
     ServedSpec,
+    TextGenerator,
     TrainJob,
     TrainOutcome,
     TrainStep,
@@ -60,6 +62,12 @@ class LocalWorkers:
     def model(self, spec: ModelSpec) -> ModelWorker:
         """One model."""
         return _LocalModel(self._models, spec)
+
+    def endpoint(self, config: EndpointConfig, spending: Path) -> TextGenerator:
+        """A server that writes text; `spending` is the file that says what was paid so far."""
+        from stillhouse.workers.endpoint import EndpointModel
+
+        return EndpointModel(config, spending)
 
     def count_tokens(self, ref: str, texts: Sequence[str]) -> list[int]:
         """Tokens of each text under a model's tokenizer, BOS included."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from stillhouse.configs.endpoint import EndpointConfig
 from stillhouse.configs.stages import CompressConfig, TrainConfig
 
 
@@ -96,6 +97,13 @@ class PairWorker(Protocol):
 
     def score(self, pairs: Sequence[Pair], batch_size: int) -> list[PairLogp | Failed]:
         """Both models' log-probabilities of the responses."""
+
+
+class TextGenerator(Protocol):
+    """Whoever continues prompts."""
+
+    def propose(self, prompts: Sequence[str], how: Decoding) -> list[Completion | Failed]:
+        """Continuations, in the order of the prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +248,9 @@ class Workers(Protocol):
 
     def model(self, spec: ModelSpec) -> ModelWorker:
         """One model."""
+
+    def endpoint(self, config: EndpointConfig, spending: Path) -> TextGenerator:
+        """A server that writes text; `spending` is the file that says what was paid so far."""
 
     def count_tokens(self, ref: str, texts: Sequence[str]) -> list[int]:
         """Tokens of each text under a model's tokenizer, BOS included."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from stillhouse.configs.endpoint import EndpointConfig
 from stillhouse.storage.integrity import sha256_of
 from stillhouse.workers.folders import atomic_folder, write_json
 from stillhouse.workers.models.model_folder import MANIFEST
@@ -27,6 +28,7 @@ from stillhouse.workers.protocols import (
     PairWorker,
     ResponseLogp,
     ServedSpec,
+    TextGenerator,
     TrainJob,
     TrainOutcome,
     TrainStep,
@@ -71,6 +73,11 @@ class ScriptedWorkers:
     def model(self, spec: ModelSpec) -> ModelWorker:
         """One model."""
         return self._model(spec)
+
+    def endpoint(self, config: EndpointConfig, spending: Path) -> TextGenerator:
+        """The script named as the endpoint's model."""
+        self.count("endpoint", 1)
+        return _ScriptedPair(*[self._model(ModelSpec(config.model))] * 2)
 
     def count_tokens(self, ref: str, texts: Sequence[str]) -> list[int]:
         """Words, and one for BOS."""

@@ -1,5 +1,6 @@
 """Rules across sections: each refusal says why."""
 
+import math
 import re
 from typing import Any
 
@@ -114,3 +115,54 @@ def test_one_channel_group_is_of_a_fitted_cache(tree: dict[str, Any], more: dict
     assert "of a calibrated cache with 2, 3 or 4 bits, found" in refused(tree)
     tree["compress"] = {"channel_groups": 1, "key_bits": 3}
     assert check(tree).compress.channel_groups == 1
+
+
+def selecting(tree: dict[str, Any], **select: Any) -> str:
+    tree["select"] = select
+    return refused(tree)
+
+
+def test_a_criterion_has_one_bound(tree: dict[str, Any]) -> None:
+    for bounds in ({}, {"at_least": 1.0, "quantile": 0.5}):
+        said = selecting(tree, criteria=[{"signal": "gap", **bounds}])
+        assert "gap: expected one of at_least, quantile and controls, found" in said
+
+
+def test_a_signal_is_asked_for_once(tree: dict[str, Any]) -> None:
+    criteria = [{"signal": "gap", "at_least": 1.0}, {"signal": "gap", "quantile": 0.5}]
+    assert "expected different signals, found ['gap', 'gap']" in selecting(tree, criteria=criteria)
+
+
+def test_signals_ask_for_what_they_are_measured_on(tree: dict[str, Any]) -> None:
+    said = selecting(tree, criteria=[{"signal": "confidence", "controls": 0.1}])
+    assert "confidence is measured against control prompts; name some" in said
+    assert "likeness to the seeds; name some under data.seeds" in selecting(tree, order="likeness")
+    assert "target_weakness needs score.target=true" in selecting(tree, order="target_weakness")
+
+
+def test_the_published_method_is_one_line(tree: dict[str, Any]) -> None:
+    tree["select"] = {"tau": 1.5}
+    [criterion] = check(tree).select.all_criteria()
+    assert (criterion.signal, criterion.at_least) == ("gap", math.log(1.5))
+    assert check({**tree, "select": {"tau": None}}).select.all_criteria() == ()
+
+
+def test_generators_are_named_or_described(tree: dict[str, Any]) -> None:
+    url = "http://127.0.0.1:1/v1"
+    tree["expand"] = {
+        "generators": [
+            "mutate",
+            {"kind": "few_shot", "model": "target"},
+            {"kind": "few_shot", "endpoint": {"url": url, "model": "big"}},
+        ]
+    }
+    names = [generator.name for generator in check(tree).expand.generators]
+    assert names == ["mutate", "few_shot:target", "few_shot:big"]
+    tree["expand"] = {"generators": ["mutate", "mutate"]}
+    assert "expected different ones, found ['mutate', 'mutate']" in refused(tree)
+    tree["expand"] = {"generators": [{"kind": "mutate", "model": "target"}]}
+    assert "mutate asks no model" in refused(tree)
+    endpoint = {"url": url, "model": "big"}
+    both = {"kind": "few_shot", "model": "target", "endpoint": endpoint}
+    tree["expand"] = {"generators": [both]}
+    assert "expected model or endpoint, found both" in refused(tree)

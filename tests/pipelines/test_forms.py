@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stillhouse.pipelines.forms import mine
+from stillhouse.pipelines.forms import mine, strong
 
 WORDS = st.sampled_from(["the", "Port", "of", "Ada", "Brun7", "is", "open", "where"])
 TEXTS = st.lists(st.lists(WORDS, min_size=1, max_size=7).map(" ".join), max_size=12)
@@ -19,7 +19,8 @@ def made(*texts: str, further: tuple[str, ...] = ()) -> set[str]:
 def test_two_prompts_that_differ_in_a_word_are_a_form() -> None:
     found = mine(["close the window now", "close the garden now"])
     assert [(form.head, form.tail) for form in found.forms] == [("close the ", " now")]
-    assert found.fillers[found.forms[0].kind] == ("window", "garden")
+    assert found.fillers[found.forms[0].kind] == {"window": 1, "garden": 1}
+    assert found.forms[0].support == 2
 
 
 def test_forms_that_share_a_filler_take_the_fillers_of_all() -> None:
@@ -53,6 +54,12 @@ def test_a_name_may_stand_first_where_another_does() -> None:
     assert "Wex9 owner?" in made(*texts)
 
 
+def test_names_that_only_ever_stand_first() -> None:
+    assert made("Ulmdex owner?", "Navbra owner?", "Navbra port?") == {"Ulmdex port?"}
+    questions = ("Which port?", "What port?", "Which team?", "Which day?")
+    assert made(*questions) == set()
+
+
 def test_the_first_word_of_a_sentence_and_a_shortened_one_are_no_names() -> None:
     assert mine(["Where is it? Tell me now.", "I am here and it's late, I'm off"]).forms == ()
 
@@ -61,6 +68,14 @@ def test_further_texts_lend_fillers_and_no_forms() -> None:
     texts = ("open the window now", "open the door now")
     further = ("open the gate now", "close the gate then", "close the hatch then")
     assert made(*texts, further=further) == {"open the gate now"}
+    assert mine(texts, further).fillers[-1] == {"window": 1, "door": 1, "gate": 0}
+
+
+def test_what_is_no_accident() -> None:
+    """Sixteen forms with twelve fillers each, and seventy-seven with one."""
+    assert 1 < strong([12] * 16 + [1] * 77) < 12
+    assert strong([1, 1, 1]) < 1
+    assert strong([]) == 0
 
 
 def test_a_form_knows_the_first_text_it_is_in() -> None:

@@ -95,6 +95,18 @@ def test_a_response_has_no_special_tokens_and_decodes_to_itself(lm):
     assert lm.decode([*ids, *lm.eos_ids]) == " E11 – naïve\n"
 
 
+def test_a_response_ends_where_its_tokens_do(lm):
+    text = " E11 – naïve 𝔘 ok\n"
+    ends, ids = lm.response_ends(text), lm.encode_response(text)
+    assert len(ends) == len(ids)
+    assert ends == sorted(ends)
+    assert ends[-1] == len(text)
+    for place, end in enumerate(ends):  # a character of several tokens ends with the first
+        last = place + 1 == len(ends) or ends[place + 1] > end
+        if last:
+            assert lm.decode(ids[: place + 1]).lstrip() == text[:end].lstrip()
+
+
 @pytest.mark.parametrize(
     ("response", "expected"),
     [
@@ -125,6 +137,10 @@ def test_a_response_is_cut_as_inside_a_text_where_texts_get_a_blank(llama, respo
     assert codec.encode_prompt("ab") == [words.index("▁ab")]
     found = [words[token] for token in codec.encode_response(response)]
     assert found == expected
+    whole = [word.replace("▁", " ").replace("<0x0A>", "\n") for word in expected]
+    assert codec.response_ends(response) == [
+        len("".join(whole[: n + 1])) for n in range(len(whole))
+    ]
 
 
 def test_a_repaired_tokenizer_stays_repaired_after_saving(gemma, tmp_path):

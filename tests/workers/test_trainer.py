@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from stillhouse.configs.stages import LoraConfig
+from stillhouse.configs.stages import DistillConfig, LoraConfig
 from stillhouse.errors import ModelError, SourceError, TrainingError
 from stillhouse.workers import trainer
 from stillhouse.workers.adapter_training import adapter_parameters, put_adapter
@@ -18,7 +18,7 @@ from stillhouse.workers.folders import is_sealed
 from stillhouse.workers.projection import TargetRow, target_logps
 from stillhouse.workers.protocols import ModelSpec, Pair, ResponseLogp, TrainExample
 from stillhouse.workers.scorer import response_logps
-from tests.workers.small_training import EXAMPLES, TOTAL, ignore
+from tests.workers.small_training import CONFIG, EXAMPLES, TOTAL, ignore
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma"])
@@ -39,6 +39,34 @@ def test_the_first_loss_is_minus_the_mean_log_probability(fresh, job, kind):
     assert step.loss == pytest.approx(-sums / count, rel=1e-5)
     assert (step.response_tokens, step.epoch, step.step) == (count, 0, 1)
     assert step.tokens == sum(outcome.tokens.values())
+
+
+@pytest.mark.parametrize(
+    ("share", "kept"), [(0.5, [1, 2, 3]), (0.75, [1, 2, 3, 4, 5]), (1.0, [*range(6)])]
+)
+def test_the_loss_is_of_the_tokens_with_the_largest_excess(fresh, job, share, kept):
+    """Six tokens in the target's cut, two in the other: the last five share the second's excess."""
+    lm = fresh()
+    example = TrainExample("e", "Q:", " A B C", token_ends=[1, 6], excess=[-1.0, 5.0])
+    assert len(lm.encode_response(example.response)) == 6
+    (scored,) = response_logps(lm, [Pair(example.prompt, example.response)], 1)
+    ids = torch.tensor([lm.encode_prompt("Q:") + lm.encode_response(" A B C")])
+    with torch.no_grad():
+        eos = lm.model(ids).logits[0, -1].log_softmax(-1)[lm.eos_ids[0]].item()
+    config = DistillConfig(**{**dict(CONFIG), "epochs": 1, "token_share": share})
+    masked = dataclasses.replace(job(examples=[example], epochs=1), config=config)
+    (step,) = trainer.train(lm, masked, ignore).steps
+    expected = [*(scored.logp[place] for place in kept), eos]
+    assert step.loss == pytest.approx(-sum(expected) / len(expected), rel=1e-5)
+    assert step.response_tokens == len(expected)
+    assert step.tokens == ids.shape[1] + 1
+
+
+def test_an_excess_that_nobody_measured_masks_nothing(fresh, job):
+    config = DistillConfig(**{**dict(CONFIG), "epochs": 1, "token_share": 0.1})
+    plain = job(examples=EXAMPLES, epochs=1)
+    outcome = trainer.train(fresh(), dataclasses.replace(plain, config=config), ignore)
+    assert sum(step.response_tokens for step in outcome.steps) > 2 * len(EXAMPLES)
 
 
 def test_training_lowers_the_loss_and_the_adapter_loads_with_peft(fresh, job, llama):
