@@ -222,30 +222,22 @@ def _rounds(rounds: Sequence[RoundRecord]) -> Table:
     """Yield and coverage by round; round 0 is seeds and pool."""
     table = Table(
         title="rounds of new prompts",
-        caption="gap: quantiles, nats a token; answers (new ones), forms, entities: of all kept",
+        caption="gap: p10, p50, p90 in nats a token; what all kept so far cover: different answers "
+        "(and how many of them are new), question forms, names",
+        box=None,
     )
-    for column in (
-        "round",
-        "proposed",
-        "duplicates",
-        "new",
-        "kept",
-        "yield",
-        "gap p10 p50 p90",
-        "kept so far",
-        "answers",
-        "forms",
-        "entities",
-    ):
-        table.add_column(column, justify="right")
+    names = ("round", "proposed", "again", "new", "kept", "gap", "all", "answers", "forms")
+    for column in (*names, "names"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rounds:
         gaps = (row.gap_p10, row.gap_p50, row.gap_p90)
+        share = f" {row.kept / row.proposed:.0%}" if row.proposed else ""
         table.add_row(
-            *(str(value) for value in (row.round, row.proposed, row.duplicates, row.new, row.kept)),
-            f"{row.kept / row.proposed:.0%}" if row.proposed else "",
-            " ".join(f"{gap:.2f}" for gap in gaps if gap is not None),
+            *(str(value) for value in (row.round, row.proposed, row.duplicates, row.new)),
+            f"{row.kept}{share}",
+            " ".join(f"{gap:.2g}" for gap in gaps if gap is not None),
             str(row.kept_so_far),
-            f"{row.answers} ({row.new_answers})",
+            f"{row.answers} +{row.new_answers}",
             str(row.forms),
             str(row.entities),
         )

@@ -284,3 +284,40 @@ def test_the_reject_rate_of_an_origin_counts_answers_that_could_not_be_scored(li
         "here": {"rows": 2, "rejected": 1, "reject_rate": 0.5},
         "there": {"rows": 2, "rejected": 2, "reject_rate": 1.0},
     }
+
+
+def test_the_facts_say_what_was_asked_and_how_many_controls_passed(line: Line) -> None:
+    line.tree["data"]["controls"] = [
+        {"ref": line.jsonl("controls", [{"prompt": "special too"}, {"prompt": "common thing"}])}
+    ]
+    line.pool("special", "common ground")
+    line.questions(**{"two words": "C22"})
+    line.run("select")
+    [criterion] = line.entry("select").facts["criteria"]
+    assert criterion == {"signal": "gap", "bound": math.log(1.5), "controls_passed": 0.5}
+    assert line.rows(
+        "SELECT selections.reason FROM selections JOIN prompts USING (prompt_id) "
+        "WHERE role = 'control' ORDER BY 1"
+    ) == [("control",), ("low_gap",)]
+
+
+def test_the_target_is_asked_too(line: Line) -> None:
+    """It knows what is common: only the other answer is worth training on."""
+    made = scripts()
+    made["target"] = Script(str, lambda pair: -0.1 if "known" in pair.prompt else -3.0)
+    line.workers.scripts = made
+    line.tree["score"] = {"target": True}
+    line.tree["select"] = {"criteria": [{"signal": "target_weakness", "at_least": 1.0}]}
+    line.tree["expand"] = {"rounds": 1, "generators": ["few_shot"], "prompts_per_round": 2}
+    line.pool("special", "special known")
+    line.questions(**{"two words": "C22"})
+    line.run("expand")
+    sql = (
+        "SELECT text, selections.reason FROM selections JOIN prompts USING (prompt_id) "
+        "WHERE selections.round = 0 ORDER BY 1"
+    )
+    assert line.rows(sql) == [("special", None), ("special known", "low_target_weakness")]
+    [(scores, targets)] = line.rows(
+        "SELECT (SELECT count(*) FROM scores WHERE status = 'kept'), count(*) FROM target_scores"
+    )
+    assert scores == targets > 2
