@@ -159,10 +159,11 @@ def _require_controls(catalog: "Catalog", config: SelectConfig) -> None:
         return
     [(found,)] = catalog.rows(
         "SELECT count(*) FROM scores JOIN prompts USING (prompt_id) "
-        "WHERE scores.status = 'kept' AND prompts.status = 'kept' AND role = 'control'"
+        "JOIN completions USING (completion_id) WHERE scores.status = 'kept' "
+        "AND prompts.status = 'kept' AND role = 'control' AND finish <> 'length'"
     )
     if not found:
         raise SourceError(
             f"select.criteria: {asking[0]} is calibrated against controls, and no control prompt "
-            "has an answer of the specialist's; bring other prompts under data.controls"
+            "has a whole answer of the specialist's; bring other prompts under data.controls"
         )

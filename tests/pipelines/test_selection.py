@@ -200,6 +200,14 @@ def test_controls_calibrate_later_rounds(line: Line) -> None:
 def test_without_a_control_nothing_is_calibrated(line: Line) -> None:
     with pytest.raises(SourceError, match=r"confidence is calibrated .* data\.controls"):
         verdicts(line, [score("a", 9)], criteria=[{"signal": "confidence", "controls": 0.1}])
+    with pytest.raises(SourceError, match="no control prompt has a whole answer"):
+        verdicts(
+            line,
+            [score("a", 9), score("k1", 9)],
+            roles=CONTROLS,
+            finish={"k1": "length"},
+            criteria=[{"signal": "confidence", "controls": 0.1}],
+        )
 
 
 def test_a_quantile_is_of_the_round_without_controls_and_seeds(line: Line) -> None:
