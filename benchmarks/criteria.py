@@ -150,7 +150,7 @@ def answered(config: RecipeConfig, seed: int) -> list[Answer]:
     return found
 
 
-def _rows(runner: Runner, sql: str) -> list[tuple]:  # type: ignore[type-arg]
+def _rows(runner: Runner, sql: str) -> list[tuple]:
     with Catalog(runner.folder, Manifest(runner.folder), runner.keys()) as catalog:
         return catalog.rows(sql, {"round": 0})
 

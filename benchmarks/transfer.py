@@ -5,7 +5,8 @@
 
 Arms: the target as it is, random choice, no filter, the published criterion (the gap), the recipe's
 own, the same with the token mask, and the target trained on the original data (the ceiling). A
-base that is shown the list of answers stands beside, because format counts. A seed draws other
+base that is shown the list of answers stands beside, because format counts; so does, where target
+and base have the same shapes, the target with the specialist's adapter. A seed draws other
 rows, other weights of the adapters and another order. Each piece is a stage of a run under
 `runs_root`: stopped anywhere, the same command goes on there. Beside OUT a picture (OUT.svg).
 """
@@ -18,14 +19,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cache_cpu import plain_svg
 from benchmarks.serving import machine
 from benchmarks.transfer_arms import ARMS, MODELS, Arm, budget_arms, recipe_of, tau_arms
+from benchmarks.transfer_picture import drawn
 from stillhouse.configs.load import load_recipe
 from stillhouse.configs.recipe import RecipeConfig
+from stillhouse.errors import ModelError
 from stillhouse.pipelines.gate import recovery
 from stillhouse.pipelines.local import local_runner
 from stillhouse.pipelines.observer import Observer
+from stillhouse.pipelines.runner import Runner
 from stillhouse.pipelines.text import render
 from stillhouse.storage.catalog import Catalog
 from stillhouse.storage.manifest import Manifest, StageEntry
@@ -33,6 +36,7 @@ from stillhouse.workers.evaluation import exact_match
 from stillhouse.workers.protocols import Completion, Decoding, ModelSpec
 
 LABELS = "base, given the answers"
+WEIGHTS = "weight difference"
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,8 @@ def seed_rows(recipe: RecipeConfig, seed: int, arms: Sequence[Arm]) -> Iterator[
     yield Row(
         "ceiling (original data)", seed, models["ceiling"], recovered(models["ceiling"], ends)
     )
+    if WEIGHTS in models:
+        yield Row(WEIGHTS, seed, models[WEIGHTS], recovered(models[WEIGHTS], ends))
     yield Row("specialist", seed, models["specialist"], None)
     yield Row("base", seed, models["base"], None)
     yield Row(LABELS, seed, models[LABELS], None)
@@ -107,8 +113,11 @@ def _models(recipe: RecipeConfig, seed: int) -> dict[str, float]:
     """Accuracy of the models that no arm changes."""
     arm = Arm("models", {})
     config = recipe_of(recipe, seed, arm, (*MODELS, "student"))
-    report = local_runner(config, _Progress(arm.name, seed)).run(until="evaluate")
-    return {**report["accuracy"], LABELS: with_labels(config)}
+    runner = local_runner(config, _Progress(arm.name, seed))
+    models: dict[str, float] = runner.run(until="evaluate")["accuracy"]
+    models[LABELS] = with_labels(runner)
+    weights = weight_difference(runner)
+    return models if weights is None else models | {WEIGHTS: weights}
 
 
 def student_row(config: RecipeConfig, arm: Arm, seed: int, ends: tuple[float, float]) -> Row:
@@ -139,18 +148,40 @@ def recovered(accuracy: float, ends: tuple[float, float]) -> float | None:
     return recovery({name: {"exact_match": value} for name, value in arms.items()})
 
 
-def with_labels(config: RecipeConfig) -> float:
+def with_labels(runner: Runner) -> float:
     """Exact match of the base when the prompt lists every answer there is."""
-    runner = local_runner(config)
-    with Catalog(runner.folder, Manifest(runner.folder), runner.keys()) as catalog:
-        asked = catalog.rows("SELECT text, reference FROM questions WHERE status = 'kept'")
+    asked = questions(runner)
     answers = ", ".join(sorted({reference for _, reference in asked}))
-    prompt = f"Answer with one of: {answers}.\n\n"
-    prompts = [prompt + render(config.data.template.prompt, text) for text, _ in asked]
-    how = Decoding(
-        config.evaluate.max_new_tokens, config.evaluate.stop, batch_size=config.evaluate.batch_size
-    )
-    said = runner.workers.model(ModelSpec(config.models.base)).answer(prompts, how)
+    listed = f"Answer with one of: {answers}.\n\n"
+    return exact_matches(runner, ModelSpec(runner.recipe.models.base), asked, listed)
+
+
+def weight_difference(runner: Runner) -> float | None:
+    """Exact match of the target with the specialist's adapter; None where its shapes do not fit."""
+    entry = Manifest(runner.folder).stage("specialize", runner.keys()["specialize"])
+    assert entry is not None
+    adapter = runner.folder.root / str(entry.facts["adapter"])
+    try:
+        target = ModelSpec(runner.recipe.models.target, adapter)
+        return exact_matches(runner, target, questions(runner))
+    except ModelError:
+        return None
+
+
+def questions(runner: Runner) -> list[tuple[str, str]]:
+    """Texts and right answers of the evaluation."""
+    with Catalog(runner.folder, Manifest(runner.folder), runner.keys()) as catalog:
+        return catalog.rows("SELECT text, reference FROM questions WHERE status = 'kept'")
+
+
+def exact_matches(
+    runner: Runner, model: ModelSpec, asked: Sequence[tuple[str, str]], before: str = ""
+) -> float:
+    """Share of questions that a model answers; `before` stands before each prompt."""
+    template, config = runner.recipe.data.template.prompt, runner.recipe.evaluate
+    prompts = [before + render(template, text) for text, _ in asked]
+    how = Decoding(config.max_new_tokens, config.stop, batch_size=config.batch_size)
+    said = runner.workers.model(model).answer(prompts, how)
     right = [
         isinstance(answer, Completion) and exact_match(answer.text, reference)
         for answer, (_, reference) in zip(said, asked, strict=True)
@@ -198,32 +229,11 @@ def write(path: Path, recipe: RecipeConfig, rows: Sequence[Row]) -> None:
     settings: Mapping[str, Any] = recipe.model_dump(mode="json", exclude={"runs_root", "tracking"})
     out = {**machine(), "recipe": settings, "rows": [asdict(row) for row in rows]}
     path.write_text(json.dumps(out, indent=1) + "\n")
-    path.with_suffix(".svg").write_text(drawn(rows, recipe.name))
-
-
-def drawn(rows: Sequence[Row], title: str) -> str:
-    """An SVG: recovery of each arm, its mean and every seed."""
-    import io
-
-    from matplotlib.figure import Figure
-
-    arms = {
+    found = {
         arm: [row.recovery for row in mine if row.recovery is not None]
         for arm, mine in by_arm(rows).items()
     }
-    shown = [(arm, values) for arm, values in arms.items() if values][::-1]
-    with plain_svg():
-        figure = Figure(figsize=(7, 0.4 * len(shown) + 1.2), layout="constrained")
-        axes = figure.subplots()
-        axes.barh([arm for arm, _ in shown], [statistics.fmean(v) for _, v in shown], alpha=0.4)
-        for arm, values in shown:
-            axes.plot(values, [arm] * len(values), "o", color="black", markersize=3)
-        axes.set_xlabel("recovery: (student - target before) / (specialist - target before)")
-        axes.set_title(title)
-        axes.grid(alpha=0.3, axis="x")
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    return out.getvalue()
+    path.with_suffix(".svg").write_text(drawn(found, recipe.name))
 
 
 if __name__ == "__main__":

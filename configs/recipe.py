@@ -116,8 +116,8 @@ class RecipeConfig(Config):
     def _signals_are_measured(self) -> Self:
         if "target_weakness" in self.select.signals() and not self.score.target:
             raise ValueError("select: target_weakness needs score.target=true")
-        asking = [c.signal for c in self.select.criteria if c.controls is not None]
-        asking += sorted({"controlled_gap", "likeness"} & self.select.signals())
+        asking = [str(c.signal) for c in self.select.criteria if c.controls is not None]
+        asking += sorted({"controlled_gap", "likeness"} & {*self.select.signals()})
         if "likeness" in self.select.signals() and not self.data.seeds:
             raise ValueError(
                 "select: likeness is likeness to the seeds; name some under data.seeds"

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import criteria, transfer
 from benchmarks.transfer_arms import ARMS, Arm, budget_arms, recipe_of, tau_arms
+from benchmarks.transfer_picture import by_sweep, drawn
 from stillhouse.configs.load import load_recipe
 
 ROW = transfer.Row("random", 0, 0.5, 0.25, 10, 200, 0.5)
@@ -59,6 +60,13 @@ def test_recovery_is_nothing_where_there_is_nothing_to_recover() -> None:
     assert transfer.recovered(0.5, (0.1, 0.1)) is None
 
 
+def test_a_sweep_is_a_line_and_an_arm_a_bar() -> None:
+    found = {"random": [0.1, 0.2], "tau 1.5": [0.5], "tau 3": [0.4], "criterion 200": [0.7]}
+    assert by_sweep(found) == {"tau": {1.5: [0.5], 3.0: [0.4]}, "criterion": {200.0: [0.7]}}
+    assert drawn(found, "title") == drawn(found, "title")
+    assert len(drawn(found, "title")) > len(drawn({"random": [0.1, 0.2]}, "title"))
+
+
 @pytest.mark.parametrize(
     ("higher", "lower", "expected"),
     [([1.0], [0.0], 1.0), ([0.0], [1.0], 0.0), ([1.0, 2.0], [1.0], 0.75), ([], [1.0], None)],
@@ -85,10 +93,10 @@ def test_a_recipe_without_a_pool_gets_that_of_its_speciality() -> None:
 
 
 def test_a_benchmark_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two arms on toy models, and again from what is there."""
+    """Two arms on toy models of one shape, and again from what is there."""
     out = tmp_path / "small.json"
-    asked = ["tiny", f"runs_root={tmp_path}", "select.tau=1.01", "--json", str(out)]
-    asked += ["--seeds", "1", "--arms", "random", "criterion + token mask"]
+    asked = ["tiny", f"runs_root={tmp_path}", "select.tau=1.01", "models.target=toy:llama"]
+    asked += ["--json", str(out), "--seeds", "1", "--arms", "random", "criterion + token mask"]
     transfer.main(asked)
     rows = json.loads(out.read_text())["rows"]
     assert [row["arm"] for row in rows] == [
@@ -96,12 +104,15 @@ def test_a_benchmark_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "random",
         "criterion + token mask",
         "ceiling (original data)",
+        transfer.WEIGHTS,
         "specialist",
         "base",
         transfer.LABELS,
     ]
     assert out.with_suffix(".svg").read_text().startswith("<?xml")
     assert all(row["examples"] > 0 for row in rows[1:3])
+    found = {row["arm"]: row["accuracy"] for row in rows}
+    assert found[transfer.WEIGHTS] == found["specialist"]  # the target is the base itself
     capsys.readouterr()
     transfer.main(asked)
     assert "seed 0" not in capsys.readouterr().out  # no stage ran

@@ -56,11 +56,13 @@ def test_a_text_that_has_no_two_halves(tmp_path, data):
 def source_of(line: Line, **texts: list[str]) -> QualitySource:
     """Of a run whose corpus has these prompts by split, each with the response "!"."""
     rows = [
-        CorpusRecord(f"{split}{number}", "", "", text, "!", cast(Split, split), [], "kept", None)
+        CorpusRecord(
+            f"{split}{number}", "", "", text, "!", [], [], cast(Split, split), [], "kept", None
+        )
         for split, prompts in texts.items()
         for number, text in enumerate(prompts)
     ]
-    rejected = CorpusRecord("x", "", "", "not this", "!", "train", [], "rejected", "why")
+    rejected = CorpusRecord("x", "", "", "not this", "!", [], [], "train", [], "rejected", "why")
     line.commit("curate", "only", corpus=[*rows, rejected])
     runner = line.runner()
     with Catalog(runner.folder, Manifest(runner.folder), runner.keys()) as catalog:

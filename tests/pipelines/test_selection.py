@@ -301,8 +301,8 @@ def test_the_facts_say_what_was_asked_and_how_many_controls_passed(line: Line) -
     line.pool("special", "common ground")
     line.questions(**{"two words": "C22"})
     line.run("select")
-    [criterion] = line.entry("select").facts["criteria"]
-    assert criterion == {"signal": "gap", "bound": math.log(1.5), "controls_passed": 0.5}
+    asked = {"signal": "gap", "bound": math.log(1.5), "controls_passed": 0.5}
+    assert line.entry("select").facts["criteria"] == [asked]
     assert line.rows(
         "SELECT selections.reason FROM selections JOIN prompts USING (prompt_id) "
         "WHERE role = 'control' ORDER BY 1"

@@ -37,12 +37,13 @@ KEYS |= {"evaluate": "e1"}
 def prompt(name: str, parent: str | None = None) -> PromptRecord:
     number = 0 if parent is None else 1
     return PromptRecord(
-        name, "text", "rendered", "icd", "train", number, parent, f"l-{name}", "kept", None
+        name, "text", "rendered", "icd", "pool", "train", number, parent, f"l-{name}", "kept", None
     )
 
 
 def score(name: str, gap: float, status: Literal["kept", "failed"] = "kept") -> ScoreRecord:
-    return ScoreRecord(f"c-{name}", name, 0, [1, 2], [-0.5, -1], [-2, -3], gap, -0.75, status, None)
+    ids, ends, on, off = [1, 2], [2, 3], [-0.5, -1.0], [-2.0, -3.0]
+    return ScoreRecord(f"c-{name}", name, 0, 4, ids, ends, on, off, gap, -0.75, status, None)
 
 
 def completion(name: str) -> CompletionRecord:
@@ -65,7 +66,9 @@ def manifest(folder: RunFolder) -> Manifest:
     put("expand", "x1", "0", prompts=[prompt("p3", "p1")], completions=[completion("p3")],
         scores=[score("p3", 1.0)],
         selections=[SelectionRecord("c-p3", "p3", 1, 1.0, -0.7, "kept", None)])  # fmt: skip
-    corpus = CorpusRecord("x3", "p3", "c-p3", "rendered", "A00", "train", [], "kept", None)
+    corpus = CorpusRecord(
+        "x3", "p3", "c-p3", "rendered", "A00", [3], [1.0], "train", [], "kept", None
+    )
     put("curate", "c1", "0", corpus=[corpus])
     put("distill", "d1", "0", examples=[ExampleRecord("distill", "x3", 12, "kept", None)])
     asked = EvaluationRecord("student", "q1", "A01", "A01", True, -0.1, 3, "kept", None)

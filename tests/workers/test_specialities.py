@@ -30,7 +30,7 @@ def bank(tmp_path: Path) -> Path:
 
 def rows(ref: str, split: str, home: Path) -> list[dict[str, str]]:
     found = read(ref.format(split=split), home)
-    return [row.values for row in found]  # type: ignore[union-attr]
+    return [row.values for row in found]
 
 
 def refs() -> dict[str, str]:
