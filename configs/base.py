@@ -9,7 +9,11 @@ class Config(BaseModel):
     """A frozen section of a recipe; unknown keys are refused."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,  # a value that is refused may be a password in a wrong place
     )
 
 

@@ -86,6 +86,13 @@ class Failed:
     reason: str
 
 
+class TextGenerator(Protocol):
+    """Whatever continues prompts: a base model in this process, an endpoint elsewhere."""
+
+    def propose(self, prompts: Sequence[str], how: Decoding) -> list[Completion | Failed]:
+        """Continuations, in the order of the prompts."""
+
+
 class PairWorker(Protocol):
     """Specialist and base, over one set of weights where the specialist is an adapter."""
 
