@@ -64,7 +64,10 @@ def propose(run: StageRun, task: Task) -> Part:
         proposals = [*mutate(seeds, count, seed, draw_unselected(run, number, seed))]
     elif seeds:
         lists = few_shot(seeds, run.recipe.expand.shots, count, seed)
-        answers = _continued(run, generator, [shots.prompt for shots in lists], seed)
+        endpoint = generator.endpoint
+        chats = endpoint is not None and endpoint.api == "chat"
+        prompts = [shots.instruction if chats else shots.prompt for shots in lists]
+        answers = _continued(run, generator, prompts, seed)
         proposals = [_proposal(*both) for both in zip(lists, answers, strict=True)]
         made = (answer for answer in answers if isinstance(answer, Completion))
         tokens = sum(answer.prompt_tokens + answer.tokens for answer in made)

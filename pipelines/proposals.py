@@ -34,10 +34,11 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True)
 class FewShot:
-    """A list of seeds for a model to continue."""
+    """A list of seeds for a model to continue, or to add to where it takes instructions."""
 
     parent_id: str
     prompt: str
+    instruction: str
 
 
 def few_shot(seeds: Sequence[Seed], shots: int, count: int, random_seed: str) -> list[FewShot]:
@@ -51,12 +52,15 @@ def few_shot(seeds: Sequence[Seed], shots: int, count: int, random_seed: str) ->
     for _ in range(count):
         group = source.choice(groups) if groups else seeds
         lists.append(source.sample(group, min(shots, len(group))))
-    return [FewShot(chosen[-1].prompt_id, _list_prompt(chosen)) for chosen in lists]
+    return [_shown(chosen) for chosen in lists]
 
 
-def _list_prompt(seeds: Sequence[Seed]) -> str:
+def _shown(seeds: Sequence[Seed]) -> FewShot:
     lines = "\n".join(f"- {seed.text}" for seed in seeds)
-    return f"More of the same kind:\n{lines}\n-"
+    asked = (
+        f"{lines}\n\nWrite one more of the same kind, another one, in one line and nothing else."
+    )
+    return FewShot(seeds[-1].prompt_id, f"More of the same kind:\n{lines}\n-", asked)
 
 
 def mutate(

@@ -106,13 +106,6 @@ class PairWorker(Protocol):
         """Both models' log-probabilities of the responses."""
 
 
-class TextGenerator(Protocol):
-    """Whoever continues prompts."""
-
-    def propose(self, prompts: Sequence[str], how: Decoding) -> list[Completion | Failed]:
-        """Continuations, in the order of the prompts."""
-
-
 @dataclass(frozen=True, slots=True)
 class CacheSpec:
     """How a key/value cache is stored; `plan` is the folder of what was fitted to the model."""

@@ -59,6 +59,7 @@ class CurateStage(Stage):
     """`corpus`: training examples, and the reason of each that is not one."""
 
     name: ClassVar[str] = "curate"
+    version: ClassVar[int] = 2
     after: ClassVar[tuple[str, ...]] = ("ingest", "score", "select", "expand")
 
     def waves(self, run: StageRun) -> Iterator[Sequence[Task]]:

@@ -41,6 +41,7 @@ class ExpandStage(Stage):
     """More `prompts`, `completions`, `scores` and `selections`, by round."""
 
     name: ClassVar[str] = "expand"
+    version: ClassVar[int] = 2
     after: ClassVar[tuple[str, ...]] = ("ingest", "specialize", "score", "select")
 
     def settings(self, recipe: RecipeConfig) -> dict[str, Any]:

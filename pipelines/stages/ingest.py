@@ -47,6 +47,7 @@ class IngestStage(Stage):
     """`prompts` and `questions` from the recipe's sources."""
 
     name: ClassVar[str] = "ingest"
+    version: ClassVar[int] = 2
 
     def settings(self, recipe: RecipeConfig) -> dict[str, Any]:
         values = keyed_values(recipe.data)

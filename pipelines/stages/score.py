@@ -16,6 +16,7 @@ class ScoreStage(Stage):
     """`completions` and `scores`: numbers, no decision (TuneShift-KD, arXiv:2603.24518, §3)."""
 
     name: ClassVar[str] = "score"
+    version: ClassVar[int] = 2
     after: ClassVar[tuple[str, ...]] = ("ingest", "specialize")
 
     def model_refs(self, recipe: RecipeConfig) -> tuple[str, ...]:

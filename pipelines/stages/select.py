@@ -14,6 +14,7 @@ class SelectStage(Stage):
     """`selections`: a verdict and its reason for every scored answer."""
 
     name: ClassVar[str] = "select"
+    version: ClassVar[int] = 2
     after: ClassVar[tuple[str, ...]] = ("ingest", "score")
 
     def waves(self, run: StageRun) -> Iterator[Sequence[Task]]:

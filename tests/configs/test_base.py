@@ -1,6 +1,6 @@
 """Sections are frozen and strict; knobs stay out of what decides a key."""
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import Field, ValidationError
@@ -53,9 +53,16 @@ def knobs(config: type[Config], path: str = "") -> set[str]:
         extra = field.json_schema_extra
         if isinstance(extra, dict) and extra.get("knob"):
             found.add(path + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
-            found |= knobs(field.annotation, f"{path}{name}.")
+        for section in sections(field.annotation):
+            found |= knobs(section, f"{path}{name}.")
     return found
+
+
+def sections(annotation: Any) -> set[type[Config]]:
+    """The sections that a field may hold, one or several."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return {annotation}
+    return {found for part in get_args(annotation) for found in sections(part)}
 
 
 def test_the_knobs_of_a_recipe() -> None:
@@ -67,6 +74,11 @@ def test_the_knobs_of_a_recipe() -> None:
         "distill.keep_checkpoints",
         "score.batch_size",
         "expand.batch_size",
+        "expand.generators.endpoint.key_env",
+        "expand.generators.endpoint.concurrency",
+        "expand.generators.endpoint.requests_per_minute",
+        "expand.generators.endpoint.retries",
+        "expand.generators.endpoint.timeout",
         "evaluate.batch_size",
         "deploy.batch_size",
         "execution.threads",

@@ -1,16 +1,21 @@
 """Rounds of new prompts on scripted models: judged, scored, selected, accounted for."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from stillhouse.configs.endpoint import EndpointConfig
 from stillhouse.pipelines.planning import read_status
 from stillhouse.pipelines.text import split_of
 from stillhouse.storage.manifest import Counts
-from stillhouse.workers.protocols import Failed
-from stillhouse.workers.scripted import Script
+from stillhouse.workers.endpoint import EndpointModel
+from stillhouse.workers.protocols import Failed, TextGenerator
+from stillhouse.workers.scripted import Script, ScriptedWorkers
 from tests.killed import Killed
 from tests.pipelines.conftest import Killer, Line, scripts
+from tests.workers.endpoint_server import ScriptedServer, status, truncated
+from tests.workers.endpoint_server import says as writes
 
 
 @pytest.fixture
@@ -226,3 +231,44 @@ def test_a_run_killed_in_a_round_says_the_same_of_it(asked: Line) -> None:
     before = asked.rows("SELECT * FROM rounds ORDER BY round")
     asked.run("expand")
     assert asked.rows("SELECT * FROM rounds ORDER BY round") == before
+
+
+class AtAnEndpoint(ScriptedWorkers):
+    """Scripted models, and a real client of whatever server a recipe names; it never sleeps."""
+
+    def endpoint(self, config: EndpointConfig, spending: Path) -> TextGenerator:
+        return EndpointModel(config, spending, sleep=lambda seconds: None)
+
+
+def test_an_endpoint_costs_rows_and_never_the_run(asked: Line) -> None:
+    asked.pool("seed, one")
+    script = [
+        writes("- fresh text"),
+        status(429),
+        status(500),
+        truncated,
+        writes(""),
+        writes("another text"),
+        status(400),
+    ]
+    with ScriptedServer(script, writes("")) as server:
+        endpoint = {"url": server.url, "model": "big", "retries": 4, "concurrency": 1}
+        asked.tree["expand"] |= {
+            "generators": [{"kind": "few_shot", "endpoint": endpoint | {"max_tokens_spent": 9000}}],
+            "prompts_per_round": 4,
+            "rounds": 1,
+        }
+        asked.workers = AtAnEndpoint(asked.workers.scripts)
+        rows = proposals(asked, "few_shot:big")
+        sent = server.requests
+    assert [row[1:3] for row in rows] == [
+        ("fresh text", "kept"),
+        ("another text", "kept"),
+        ("", "failed"),
+        ("", "failed"),
+    ]
+    assert [str(row[3]).partition(":")[0] for row in rows[2:]] == ["endpoint", "empty"]
+    assert "Write one more of the same kind" in sent[0].prompt
+    assert asked.entry("expand").counts.failed == 2
+    [spending] = asked.runner().folder.logs.glob("spending-expand-*.jsonl")
+    assert spending.read_text().count("\n") == 2 * len(sent)  # before each request, and after

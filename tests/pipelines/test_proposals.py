@@ -15,6 +15,7 @@ def test_a_list_by_hand() -> None:
     [shots] = few_shot(seeds("one"), shots=3, count=1, random_seed="s")
     assert shots.prompt == "More of the same kind:\n- one\n-"
     assert shots.parent_id == "id one"
+    assert shots.instruction.startswith("- one\n\nWrite one more of the same kind")
 
 
 def test_a_list_shows_different_seeds_and_ends_with_its_parent() -> None:
