@@ -78,7 +78,10 @@ def forget(folder: RunFolder, *stages: str) -> None:
         ("distill.learning_rat=1", ("distill.learning_rat: no such key", "`learning_rate`?")),
         ("distil.epochs=1", ("distil: no such key", "`distill`?")),
         ("distill.epochs=many", ("distill.epochs", "valid integer", "found 'many'")),
-        ("data.pool=[]", ("data.pool: expected at least one source of prompts, found none",)),
+        (
+            "data.pool=[]",
+            ("data.pool, data.seeds: expected at least one source of prompts, found none",),
+        ),
     ],
 )
 def test_a_recipe_that_is_wrong(run: Run, override: str, words: tuple[str, ...]) -> None:
@@ -187,7 +190,7 @@ def test_rows_that_cannot_be_used_are_set_aside_and_the_run_goes_on(
 
 def test_an_empty_pool(run: Run, own_data: Callable[..., str]) -> None:
     recipe = own_data()
-    words = ("expected at least one usable row in the prompt pool, found none",)
+    words = ("expected at least one usable row in the seeds and the pool, found none",)
     refused(run(recipe=recipe), 3, *words)
     refused(run(recipe=recipe), 3, *words)  # no stage is taken for finished
 

@@ -141,7 +141,10 @@ def test_status(clean_run: RunFolder, ask) -> None:
     assert done.code == 0
     lines = done.out.splitlines()
     assert lines[0] == "tiny: nobody runs it now"
-    assert [line.split()[:2] for line in lines[1:]] == [[stage, "cached"] for stage in STAGES]
+    stages = [line.split()[:2] for line in lines[1 : 1 + len(STAGES)]]
+    assert stages == [[stage, "cached"] for stage in STAGES]
+    rounds = [line.split()[0] for line in lines if line.strip()[:1].isdigit()]
+    assert rounds == ["0", "1", "2"]
 
 
 def test_status_of_a_run_that_is_half_done(copy: RunFolder, ask) -> None:

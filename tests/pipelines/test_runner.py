@@ -212,7 +212,7 @@ def test_nothing_to_train_on_is_explained(whole: Line) -> None:
 
 def test_nothing_selected_is_explained(whole: Line) -> None:
     whole.pool("common ground", "more common ground")  # the base knows it
-    with pytest.raises(SourceError, match=r"select: .*found 2 below_threshold; .*query .*/line \""):
+    with pytest.raises(SourceError, match=r"select: .*found 2 low_gap; .*query .*/line \""):
         whole.run()
 
 
