@@ -25,7 +25,9 @@ def test_scores_have_these_columns() -> None:
         "completion_id": ("string", True),
         "prompt_id": ("string", False),
         "round": ("int64", False),
+        "prompt_tokens": ("int64", True),
         "token_ids": ("list<item: int64 not null>", True),
+        "token_ends": ("list<item: int64 not null>", True),
         "logp_specialist": ("list<item: float not null>", True),
         "logp_base": ("list<item: float not null>", True),
         "gap": ("double", True),
@@ -52,7 +54,8 @@ def test_an_annotation_without_a_column_type_is_refused() -> None:
 
 def prompt(**changes: object) -> PromptRecord:
     values: dict[str, Any] = {
-        "prompt_id": "p", "text": "t", "rendered": "r", "origin": "o", "split": "train", "round": 0,
+        "prompt_id": "p", "text": "t", "rendered": "r", "origin": "o", "role": "pool",
+        "split": "train", "round": 0,
         "parent_id": None, "locator": "l", "status": "kept", "reason": None,
     }  # fmt: skip
     return PromptRecord(**(values | changes))

@@ -103,7 +103,7 @@ n = range(9000)
 files = write_shard(RunFolder(Path(sys.argv[1])), "score", "k", "0", {
     "completions": [CompletionRecord(f"c{i}", f"p{i}", "x" * (i % 50), "stop", 0) for i in n],
     "scores": [
-        ScoreRecord(f"c{i}", f"p{i}", 0, [i], [-0.1], [-i / 7], i / 3, None, "kept", None)
+        ScoreRecord(f"c{i}", f"p{i}", 0, 1, [i], [1], [-0.1], [-i / 7], i / 3, None, "kept", None)
         for i in n
     ],
 })
