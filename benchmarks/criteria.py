@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import get_args
 
 from benchmarks.serving import machine
-from benchmarks.transfer import _Progress
+from benchmarks.transfer import Progress
 from benchmarks.transfer_arms import Arm, recipe_of
-from stillhouse.configs.load import load_recipe
+from stillhouse.configs.load import check, load_recipe
 from stillhouse.configs.recipe import RecipeConfig
 from stillhouse.configs.select import Signal
 from stillhouse.pipelines.local import local_runner
@@ -124,15 +124,13 @@ def pooled(recipe: RecipeConfig) -> RecipeConfig:
         },
     ]
     tree = recipe.model_dump(mode="json")
-    tree["data"] |= {"pool": pool, "seeds": []}
-    from stillhouse.configs.load import check
-
+    tree["data"]["pool"] = pool
     return check(tree)
 
 
 def answered(config: RecipeConfig, seed: int) -> list[Answer]:
     """Every scored answer of the pool, with what is known of it."""
-    runner = local_runner(config, _Progress(config.name, seed))
+    runner = local_runner(config, Progress(config.name, seed))
     runner.run(until="select")
     truth = _truth(config)
     columns = ", ".join(f"signal_{signal}" for signal in SIGNALS)
@@ -211,7 +209,7 @@ def kept_parts(recipe: str, seed: int, answers: Sequence[Answer]) -> list[Kept]:
     groups: dict[str, list[bool]] = {}
     for part, right, is_kept, _ in answers:
         groups.setdefault(part, []).append(is_kept)
-        if part == "speciality":
+        if part == "speciality" and right is not None:
             groups.setdefault("right" if right else "wrong", []).append(is_kept)
     return [Kept(recipe, seed, part, len(kept), sum(kept)) for part, kept in groups.items()]
 

@@ -53,7 +53,7 @@ class Row:
     of_speciality: float | None = None
 
 
-class _Progress(Observer):
+class Progress(Observer):
     """One line a stage."""
 
     def __init__(self, arm: str, seed: int) -> None:
@@ -70,6 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"--json: expected a folder that exists, found {asked.json.parent}")
     recipe = load_recipe(asked.recipe, asked.overrides)
     known = [*ARMS, *tau_arms(asked.tau), *budget_arms(asked.budget)]
+    names = [arm.name for arm in known]
+    if unknown := set(asked.arms or ()) - set(names):
+        raise SystemExit(f"--arms: expected some of {names}, found {sorted(unknown)}")
     arms = [arm for arm in known if asked.arms is None or arm.name in asked.arms]
     rows: list[Row] = []
     for seed in range(asked.seeds):
@@ -113,7 +116,7 @@ def _models(recipe: RecipeConfig, seed: int) -> dict[str, float]:
     """Accuracy of the models that no arm changes."""
     arm = Arm("models", {})
     config = recipe_of(recipe, seed, arm, (*MODELS, "student"))
-    runner = local_runner(config, _Progress(arm.name, seed))
+    runner = local_runner(config, Progress(arm.name, seed))
     models: dict[str, float] = runner.run(until="evaluate")["accuracy"]
     models[LABELS] = with_labels(runner)
     weights = weight_difference(runner)
@@ -122,7 +125,7 @@ def _models(recipe: RecipeConfig, seed: int) -> dict[str, float]:
 
 def student_row(config: RecipeConfig, arm: Arm, seed: int, ends: tuple[float, float]) -> Row:
     """Train and ask one arm's student."""
-    runner = local_runner(config, _Progress(arm.name, seed))
+    runner = local_runner(config, Progress(arm.name, seed))
     report = runner.run(until="evaluate")
     accuracy = report["accuracy"]["student"]
     with Catalog(runner.folder, Manifest(runner.folder), runner.keys()) as catalog:

@@ -22,13 +22,13 @@ class PairsConfig(SourceConfig):
 
 
 class PoolConfig(SourceConfig):
-    """Unlabelled prompts; `origin` names them in every report.
+    """Unlabelled prompts; `origin` names them in every report (without it: seed, pool or control).
 
     `origin_column` takes the label from a column instead. `template: none` shows the model the
     bare text (prompts from elsewhere that never had the speciality's form).
     """
 
-    origin: str = "pool"
+    origin: str | None = None
     origin_column: str | None = None
     template: Literal["recipe", "none"] = "recipe"
 

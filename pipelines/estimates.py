@@ -80,7 +80,9 @@ def _ratio(now: float, before: float) -> float:
 
 
 def _fresh(recipe: RecipeConfig) -> dict[str, Estimate]:
-    pool = sum(_count(source) for source in recipe.data.pool)
+    pool = sum(_count(source) for source in (*recipe.data.seeds, *recipe.data.pool))
+    prompts = pool + sum(_count(source) for source in recipe.data.controls)
+    passes = 3 + recipe.score.target  # answer, specialist, base, and what the target thinks
     questions = _count(recipe.data.questions)
     private = 0 if recipe.data.private is None else _count(recipe.data.private)
     made = recipe.expand.rounds * recipe.expand.prompts_per_round
@@ -93,11 +95,11 @@ def _fresh(recipe: RecipeConfig) -> dict[str, Estimate]:
     fitted = 3 * recipe.compress.calibration_tokens * recipe.compress.calibrate  # and back
     served = min(questions, recipe.deploy.questions)
     return {
-        "ingest": _cost(pool + questions, 0, 0),
+        "ingest": _cost(prompts + questions, 0, 0),
         "specialize": _trained(private, base, recipe.specialize),
-        "score": _cost(pool, pool * 3 * pair, 2 * base),  # answer, specialist, base
-        "select": _cost(pool, 0, 0),
-        "expand": _cost(made, made * (listed + 3 * pair), 2 * base),
+        "score": _cost(prompts, prompts * passes * pair, 2 * base),
+        "select": _cost(prompts, 0, 0),
+        "expand": _cost(made, made * (listed + passes * pair), 2 * base),
         "curate": _cost(corpus, 0, 0),
         "distill": _trained(corpus, target, recipe.distill),
         "evaluate": _cost(asked, asked * 2 * pair, base + target),

@@ -89,7 +89,9 @@ def _continued(
         batch_size=config.batch_size,
     )
     if generator.endpoint is not None:
-        spending = run.folder.logs / f"spending-{run.stage}-{run.key}.jsonl"
+        # Of the run and not of the stage's key: a raised budget goes on from what was spent.
+        asked = content_id("endpoint", generator.endpoint.url, generator.endpoint.model)
+        spending = run.folder.logs / f"spending-{asked}.jsonl"
         return run.workers.endpoint(generator.endpoint, spending).propose(prompts, how)
     match generator.model:
         case "base":

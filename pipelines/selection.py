@@ -115,6 +115,7 @@ def selection_counts(rows: list[SelectionRecord]) -> Counts:
 
 def _query(config: SelectConfig) -> str:
     objections = "".join(
+        f"\n        WHEN signal_{item.signal} IS NULL THEN 'unmeasured_{item.signal}'"
         f"\n        WHEN NOT coalesce({_passes(place, item)}, false) THEN 'low_{item.signal}'"
         for place, item in enumerate(config.all_criteria())
     )
@@ -137,7 +138,7 @@ def _bound(item: CriterionConfig) -> str:
     if item.quantile is not None:
         mine = "round = $round AND role IN ('pool', 'generated') AND finish <> 'length'"
         return f"quantile_cont({signal}, {item.quantile!r}) FILTER ({mine})"
-    theirs = "FILTER (role = 'control' AND finish <> 'length')"
+    theirs = f"FILTER (role = 'control' AND finish <> 'length' AND {signal} IS NOT NULL)"
     # The first of them, from above, that may not pass where so many may.
     first = f"1 + floor({item.controls!r} * count(*) {theirs})::BIGINT"
     return f"(list({signal} ORDER BY {signal} DESC) {theirs})[{first}]"

@@ -28,7 +28,7 @@ from stillhouse.configs.select import Signal
 # Over `answered`: one row an answer, of this round, the seeds and the controls; parameter $seed.
 _FORMULAS: dict[Signal, str] = {
     "gap": "gap",
-    "controlled_gap": "gap - coalesce(slope, 0) * ln(tokens) - coalesce(intercept, 0)",
+    "controlled_gap": "gap - slope * (ln(tokens) - size) - level",
     "content_gap": "content_gap",
     "confidence": "confidence",
     "weakest_token": "list_min(logp_specialist)",
@@ -40,10 +40,11 @@ _FORMULAS: dict[Signal, str] = {
     "random": "md5_number_lower(prompt_id || '/' || $seed) / 18446744073709551616.0",
 }
 
-# `regr_*` skip rows where one side is NULL, so only controls count.
+# Through the controls' means. Where all are of one length, they say nothing of another.
 _LINE = """, line AS (
-    SELECT regr_slope(gap, size) AS slope, regr_intercept(gap, size) AS intercept
-    FROM (SELECT gap, CASE WHEN role = 'control' THEN ln(tokens) END AS size FROM answered)
+    SELECT avg(ln(tokens)) AS size, avg(gap) AS level,
+        CASE WHEN min(tokens) < max(tokens) THEN regr_slope(gap, ln(tokens)) ELSE 0 END AS slope
+    FROM answered WHERE role = 'control' AND finish <> 'length'
 )"""
 _CONTENT = """, pieces AS (
     SELECT completion_id, unnest(token_ids) AS token,

@@ -151,7 +151,7 @@ class RoundRecord(Record):
     round: int
     proposed: int
     duplicates: int  # of a prompt that was there, or of another proposal
-    new: int  # answered and scored
+    new: int  # neither that nor malformed: what the specialist was asked
     kept: int
     kept_so_far: int
     gap_p10: float | None  # quantiles of the gap among what was scored, nats a token

@@ -123,9 +123,9 @@ def _token_share(config: TrainConfig) -> float:
 
 def _learnt(lm: LanguageModel, example: TrainExample, share: float) -> list[bool]:
     """Which tokens of the response to train on; all of them where no excess was measured."""
-    ends = lm.response_ends(example.response)
     if share == 1 or not example.excess:
-        return [True] * len(ends)
+        return [True] * len(lm.encode_response(example.response))
+    ends = lm.response_ends(example.response)
     return top_share(excess_of(ends, example.token_ends, example.excess), share)
 
 

@@ -104,11 +104,11 @@ class IngestStage(Stage):
 
 
 def _kinds(recipe: RecipeConfig) -> Iterator[tuple[Kind, SourceConfig]]:
-    """Every source: of two equal prompts the first counts, and a seed is one whatever follows."""
+    """Every source: of equal prompts the first counts, so one named as a control is never kept."""
     data = recipe.data
     yield from (("seed", source) for source in data.seeds)
-    yield from (("pool", source) for source in data.pool)
     yield from (("control", source) for source in data.controls)
+    yield from (("pool", source) for source in data.pool)
     yield "question", data.questions
 
 
@@ -141,7 +141,7 @@ def _raw(
     number: int,
     row: SourceRow | MalformedRow,
 ) -> RawRecord:
-    origin = source.origin if isinstance(source, PoolConfig) else "questions"
+    origin = (source.origin if isinstance(source, PoolConfig) else None) or kind
     text, reference, reason = "", None, None
     if isinstance(row, MalformedRow):
         reason = f"malformed: {row.reason}"

@@ -47,6 +47,11 @@ def test_a_seed_draws_other_rows_and_keeps_draws_apart() -> None:
     assert refs[-1].endswith("&seed=2003")  # the recipe's own seed of it is 3
 
 
+def test_an_arm_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"expected some of .*'criterion'.*found .*'criterium'"):
+        transfer.main(["tiny", "--json", str(tmp_path / "o.json"), "--arms", "criterium"])
+
+
 def test_the_table_has_mean_and_deviation() -> None:
     rows = [ROW, transfer.Row("random", 1, 0.7, 0.75, 10, 220, 0.7)]
     rows.append(transfer.Row("base", 0, 0.0, None))
@@ -88,6 +93,7 @@ def test_what_selection_keeps_by_part() -> None:
 
 def test_a_recipe_without_a_pool_gets_that_of_its_speciality() -> None:
     recipe = criteria.pooled(load_recipe("transfer-handbook"))
+    assert recipe.data.seeds  # likeness is to them
     splits = [source.ref.partition("split=")[2].partition("&")[0] for source in recipe.data.pool]
     assert splits[:2] == ["pool", "lookalike"]
 

@@ -270,5 +270,5 @@ def test_an_endpoint_costs_rows_and_never_the_run(asked: Line) -> None:
     assert [str(row[3]).partition(":")[0] for row in rows[2:]] == ["endpoint", "empty"]
     assert "Write one more of the same kind" in sent[0].prompt
     assert asked.entry("expand").counts.failed == 2
-    [spending] = asked.runner().folder.logs.glob("spending-expand-*.jsonl")
+    [spending] = asked.runner().folder.logs.glob("spending-endpoint_*.jsonl")
     assert spending.read_text().count("\n") == 2 * len(sent)  # before each request, and after

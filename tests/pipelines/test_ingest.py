@@ -206,3 +206,23 @@ def test_questions_keep_their_reference(line: Line) -> None:
         ("q1", "B", "rejected", "duplicate"),
         ("", "", "failed", "malformed: expected a value in 'answer', found none"),
     ]
+
+
+def test_of_equal_prompts_a_seed_comes_before_a_control_and_that_before_the_pool(
+    line: Line,
+) -> None:
+    line.pool("one", "two", "three")
+    line.questions(**{"What is asked": "A"})
+    for name, texts in (("seeds", ["one", "What is asked"]), ("controls", ["one", "two"])):
+        rows = ({"prompt": text} for text in texts)
+        line.tree["data"][name] = [{"ref": line.jsonl(name, rows)}]
+    line.run("ingest")
+    kept = line.rows("SELECT text, role, origin FROM prompts WHERE status = 'kept' ORDER BY 1")
+    assert kept == [
+        ("one", "seed", "seed"),
+        ("three", "pool", "pool"),
+        ("two", "control", "control"),
+    ]
+    assert line.rows("SELECT reason FROM prompts WHERE role = 'seed' AND status <> 'kept'") == [
+        ("overlaps_evaluation",)
+    ]

@@ -210,6 +210,18 @@ def test_without_a_control_nothing_is_calibrated(line: Line) -> None:
         )
 
 
+def test_what_could_not_be_measured_is_neither_low_nor_a_bound(line: Line) -> None:
+    """No target answered: there is no score of it, of controls neither."""
+    line.tree["score"] = {"target": True}
+    found = verdicts(
+        line,
+        [score("a", 9), *controls(-1.0)],
+        roles=CONTROLS,
+        criteria=[{"signal": "target_weakness", "controls": 0.4}],
+    )
+    assert found == {"a": "unmeasured_target_weakness", "k1": "unmeasured_target_weakness"}
+
+
 def test_a_quantile_is_of_the_round_without_controls_and_seeds(line: Line) -> None:
     scores = [score(name, gap) for name, gap in zip("abcde", (1, 2, 3, 4, 5), strict=True)]
     scores += [score("k1", 99.0), score("s", -1.0)]

@@ -1,6 +1,7 @@
 """Each signal against its formula, by hand."""
 
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -22,12 +23,13 @@ def values(line: Line, *signals: Signal) -> dict[str, tuple[Any, ...]]:
     rows = []
     for name, role, ids, on, off, target in ANSWERS:
         gap = sum(s - b for s, b in zip(on, off, strict=True)) / len(ids)
+        sure = sum(on) / len(on)
         known = "NULL" if target is None else target
         rows.append(
-            f"('{name}', 'p{name}', '{role}', {ids}, {on}, {off}, {gap}, {sum(on) / len(on)}, "
+            f"('{name}', 'p{name}', '{role}', 'stop', {ids}, {on}, {off}, {gap}, {sure}, "
             f"{len(ids)}, {known})"
         )
-    names = "completion_id, prompt_id, role, token_ids, logp_specialist, logp_base, gap, "
+    names = "completion_id, prompt_id, role, finish, token_ids, logp_specialist, logp_base, gap, "
     names += "confidence, tokens, target_confidence"
     columns = ", ".join(f"signal_{name}" for name in signals)
     sql = (
@@ -59,6 +61,18 @@ def test_the_controlled_gap_is_what_length_does_not_explain(line: Line) -> None:
     assert found["l"] == (pytest.approx(0),)
     assert found["a"] == (pytest.approx(1.0 - (1 + 2 * math.log(2) / math.log(4))),)
     assert found["b"] == (pytest.approx(0.75 - 3.0),)
+
+
+@pytest.mark.parametrize("left", [["k"], ["k", "m"]])
+def test_controls_of_one_length_say_their_mean(
+    line: Line, left: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DuckDB's slope is no number there, and NaN passes every bound."""
+    same = [*ANSWERS, ("m", "control", [2], [-1.0], [-4.0], None)]
+    kept = [row for row in same if row[1] == "pool" or row[0] in left]
+    monkeypatch.setattr(sys.modules[__name__], "ANSWERS", kept)
+    level = 1.0 if left == ["k"] else 2.0
+    assert values(line, "controlled_gap")["a"] == (pytest.approx(1.0 - level),)
 
 
 def test_the_content_gap_counts_what_few_answers_hold(line: Line) -> None:

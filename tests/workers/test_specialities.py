@@ -1,6 +1,7 @@
 """Built-in specialities: splits that keep apart, seeded, of the sizes asked for."""
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,20 @@ def test_other_columns(bank: Path) -> None:
     (bank / "test.csv").write_text("question,intent\na,b\n")
     with pytest.raises(SourceError, match="expected the columns text and category"):
         rows(refs()["banking77"], "pool", bank)
+
+
+def test_a_short_row(bank: Path) -> None:
+    with (bank / "test.csv").open("a") as file:
+        file.write("no category\n")
+    with pytest.raises(SourceError, match="columns text and category in every row"):
+        rows(refs()["banking77"], "pool", bank)
+
+
+@pytest.mark.parametrize("name", refs())
+def test_more_seeds_than_there_are_prompts(name: str, bank: Path) -> None:
+    ref = re.sub(r"seeds=\d+", "seeds=9999", refs()[name])
+    with pytest.raises(SourceError, match="seeds: asked for 9999, the pool has"):
+        rows(ref, "seeds", bank)
 
 
 def test_the_fingerprint_is_of_what_the_files_hold_and_not_of_where(

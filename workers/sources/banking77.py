@@ -37,8 +37,8 @@ def _texts(path: Path, known: dict[str, str]) -> Texts:
     seen = set(known)
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            if not {"text", "category"} <= row.keys():
-                raise SourceError(f"{path}: expected the columns text and category")
+            if not row.get("text") or not row.get("category"):
+                raise SourceError(f"{path}: expected the columns text and category in every row")
             text = " ".join(row["text"].split())
             if text not in seen:
                 seen.add(text)

@@ -89,7 +89,11 @@ def build(split: str, config: Icd10Config) -> Iterator[Row]:
     # Shuffled, so that any prefix of a split is a sample of it and not one chapter of the book.
     order = "pool" if split in ("truth", "seeds") else split
     _random(config, "order", order).shuffle(rows)
-    return iter(rows[: config.seeds] if split == "seeds" else rows)
+    if split != "seeds":
+        return iter(rows)
+    if config.seeds > len(rows):
+        raise SourceError(f"seeds: asked for {config.seeds}, the pool has {len(rows)}")
+    return iter(rows[: config.seeds])
 
 
 def normalise(text: str) -> str:
