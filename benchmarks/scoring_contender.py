@@ -15,6 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -137,10 +138,9 @@ def scored(row: Any) -> Any:
 
 def lm_eval(asked: argparse.Namespace) -> Score:
     """lm-evaluation-harness's log-likelihoods of the same ids, in its own order of batches."""
-    from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found,unused-ignore]
-
+    kind: Any = import_module("lm_eval.models.huggingface").HFLM
     lm = own_model(asked)
-    harness: Any = HFLM(
+    harness = kind(
         pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=asked.batch_size, max_length=4096
     )
 
@@ -159,16 +159,15 @@ def vllm(asked: argparse.Namespace) -> Score:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process, one peak
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ["OMP_NUM_THREADS"] = str(asked.threads)
-    from vllm import LLM, SamplingParams  # type: ignore[import-not-found,unused-ignore]
-
-    engine: Any = LLM(
+    found: Any = import_module("vllm")
+    engine = found.LLM(
         model=asked.model,
         dtype=asked.dtype,
         max_model_len=1024,
         max_num_seqs=asked.batch_size,
         enforce_eager=asked.eager,
     )
-    how: Any = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=0)
+    how = found.SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=0)
 
     def score(work: dict[str, Any]) -> Found:
         prompts = [{"prompt_token_ids": [*prompt, *answer]} for prompt, answer in work["ids"]]

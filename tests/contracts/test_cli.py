@@ -126,8 +126,7 @@ def test_recovery_is_shown_where_there_is_any(copy: RunFolder, ask) -> None:
 
 def test_a_report_of_an_earlier_start_says_so(copy: RunFolder, ask) -> None:
     assert ask("report", str(copy.root)).err == ""
-    keys = json.loads(copy.plan.read_text())
-    copy.plan.write_text(json.dumps(keys | {"deploy": "0" * 16}))
+    copy.plan.write_text(json.dumps(json.loads(copy.plan.read_text()) | {"deploy": "0" * 16}))
     done = ask("report", str(copy.root))
     assert "held-out questions" in done.out
     assert "this result is of an earlier start" in done.text
@@ -137,14 +136,11 @@ def test_a_report_of_an_earlier_start_says_so(copy: RunFolder, ask) -> None:
 
 
 def test_status(clean_run: RunFolder, ask) -> None:
-    done = ask("status", str(clean_run.root))
-    assert done.code == 0
-    lines = done.out.splitlines()
+    lines = ask("status", str(clean_run.root)).out.splitlines()
     assert lines[0] == "tiny: nobody runs it now"
-    stages = [line.split()[:2] for line in lines[1 : 1 + len(STAGES)]]
-    assert stages == [[stage, "cached"] for stage in STAGES]
-    rounds = [line.split()[0] for line in lines if line.strip()[:1].isdigit()]
-    assert rounds == ["0", "1", "2"]
+    told = [line.split()[:2] for line in lines[1 : 1 + len(STAGES)]]
+    assert told == [[stage, "cached"] for stage in STAGES]
+    assert [line.split()[0] for line in lines if line.strip()[:1].isdigit()] == ["0", "1", "2"]
 
 
 def test_status_of_a_run_that_is_half_done(copy: RunFolder, ask) -> None:

@@ -14,8 +14,8 @@ from stillhouse.workers.protocols import Failed, TextGenerator
 from stillhouse.workers.scripted import Script, ScriptedWorkers
 from tests.killed import Killed
 from tests.pipelines.conftest import Killer, Line, scripts
-from tests.workers.endpoint_server import ScriptedServer, status, truncated
-from tests.workers.endpoint_server import says as writes
+from tests.workers.endpoint.server import ScriptedServer, status, truncated
+from tests.workers.endpoint.server import says as writes
 
 
 @pytest.fixture

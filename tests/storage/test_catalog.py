@@ -35,10 +35,8 @@ KEYS |= {"evaluate": "e1"}
 
 
 def prompt(name: str, parent: str | None = None) -> PromptRecord:
-    number = 0 if parent is None else 1
-    return PromptRecord(
-        name, "text", "rendered", "icd", "pool", "train", number, parent, f"l-{name}", "kept", None
-    )
+    about, number = (name, "text", "rendered", "icd"), int(parent is not None)
+    return PromptRecord(*about, "pool", "train", number, parent, f"l-{name}", "kept", None)
 
 
 def score(name: str, gap: float, status: Literal["kept", "failed"] = "kept") -> ScoreRecord:
@@ -66,10 +64,8 @@ def manifest(folder: RunFolder) -> Manifest:
     put("expand", "x1", "0", prompts=[prompt("p3", "p1")], completions=[completion("p3")],
         scores=[score("p3", 1.0)],
         selections=[SelectionRecord("c-p3", "p3", 1, 1.0, -0.7, "kept", None)])  # fmt: skip
-    corpus = CorpusRecord(
-        "x3", "p3", "c-p3", "rendered", "A00", [3], [1.0], "train", [], "kept", None
-    )
-    put("curate", "c1", "0", corpus=[corpus])
+    made = ("x3", "p3", "c-p3", "rendered", "A00", [3], [1.0])
+    put("curate", "c1", "0", corpus=[CorpusRecord(*made, "train", [], "kept", None)])
     put("distill", "d1", "0", examples=[ExampleRecord("distill", "x3", 12, "kept", None)])
     asked = EvaluationRecord("student", "q1", "A01", "A01", True, -0.1, 3, "kept", None)
     put("evaluate", "e1", "0", evaluations=[asked])

@@ -10,10 +10,6 @@ from torch.nn.functional import linear
 from stillhouse.workers import linear_mode
 from stillhouse.workers.linear_mode import OneDnnLinearMode, fast_linears, onednn_pays
 
-pytestmark = pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
-)
-
 
 @pytest.fixture
 def products(monkeypatch):

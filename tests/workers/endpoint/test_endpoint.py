@@ -1,10 +1,8 @@
-"""Generation by an endpoint: a real server, scripted faults, no waiting for real."""
+"""Generation by an endpoint: what is asked, what comes back, faults, waiting."""
 
 import email.utils
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +10,15 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from stillhouse.configs.endpoint import EndpointConfig
-from stillhouse.errors import ConfigError, IntegrityError, ModelError
-from stillhouse.workers.endpoint import EndpointModel
-from stillhouse.workers.endpoint_http import EndpointClient
 from stillhouse.workers.endpoint_reply import LONGEST_WAIT, retry_after, schema_problem
 from stillhouse.workers.protocols import Completion, Decoding, Failed, TextGenerator
-from tests.workers.endpoint_server import (
+from tests.workers.endpoint.conftest import GOOD, HOW, KEY, FakeTime, Make, Serve, reasons, texts
+from tests.workers.endpoint.server import (
     Behaviour,
     Handler,
     Request,
     ScriptedServer,
     breaks_off,
-    echoes,
     hangs,
     resets,
     says,
@@ -32,75 +26,6 @@ from tests.workers.endpoint_server import (
     trickles,
     truncated,
 )
-
-KEY = "sk-nobody/knows+this=0123456789"
-HOW = Decoding(max_new_tokens=20, stop=("\n",), temperature=0.9, seed=7)
-GOOD = says("to {}")
-
-
-class FakeTime:
-    """Time that passes only while somebody sleeps."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-        self.sleeps: list[float] = []
-        self.deaf = 0  # so many sleeps end at once
-        self._lock = threading.Lock()
-
-    def clock(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        with self._lock:
-            self.sleeps.append(seconds)
-            self.now += 0 if self.deaf else seconds
-            self.deaf = max(0, self.deaf - 1)
-
-
-Serve = Callable[..., ScriptedServer]
-
-
-@pytest.fixture
-def serve() -> Iterator[Serve]:
-    with ExitStack() as stack:
-
-        def started(*script: Behaviour, then: Behaviour = GOOD) -> ScriptedServer:
-            return stack.enter_context(ScriptedServer(script, then))
-
-        yield started
-
-
-@pytest.fixture(autouse=True)
-def key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TEST_KEY", KEY)
-
-
-@pytest.fixture
-def fake() -> FakeTime:
-    return FakeTime()
-
-
-Make = Callable[..., EndpointModel]
-
-
-@pytest.fixture
-def make(tmp_path: Path, fake: FakeTime) -> Make:
-    def made(server: ScriptedServer, **options: Any) -> EndpointModel:
-        given: dict[str, Any] = {"key_env": "TEST_KEY", "retries": 2, "concurrency": 1}
-        config = EndpointConfig(url=server.url, model="m", **(given | options))
-        journal = tmp_path / "spending.jsonl"
-        return EndpointModel(config, journal, clock=fake.clock, sleep=fake.sleep, now=lambda: 1e9)
-
-    return made
-
-
-def reasons(answers: Sequence[Completion | Failed]) -> list[str | None]:
-    return [answer.reason if isinstance(answer, Failed) else None for answer in answers]
-
-
-def texts(answers: Sequence[Completion | Failed]) -> list[str | None]:
-    return [answer.text if isinstance(answer, Completion) else None for answer in answers]
-
 
 # What is asked, and what comes back
 
@@ -312,80 +237,6 @@ def test_a_date_is_the_seconds_until_then(seconds: int, now: int) -> None:
     assert retry_after(date, now) == seconds == retry_after(str(seconds), now)
 
 
-# Who asks
-
-
-@pytest.mark.parametrize("code", [401, 403])
-def test_a_refused_key_ends_the_call(code: int, serve: Serve, make: Make) -> None:
-    server = serve(GOOD, then=echoes(code))
-    with pytest.raises(ModelError, match="environment variable TEST_KEY") as caught:
-        make(server, concurrency=2).propose(["a"] * 50, HOW)
-    assert str(code) in str(caught.value)
-    assert KEY not in str(caught.value)
-    assert len(server.requests) <= 4
-
-
-def test_a_refused_key_ends_rows_that_still_try(serve: Serve, make: Make) -> None:
-    def behave(handler: Handler, request: Request) -> None:
-        status(401 if request.prompt == "b" else 500)(handler, request)
-
-    server = serve(then=behave)
-    with pytest.raises(ModelError):
-        make(server, concurrency=2, retries=1000).propose(["a", "b"], HOW)
-    assert len(server.requests) < 900
-
-
-def test_a_key_that_is_asked_for(serve: Serve, make: Make) -> None:
-    with pytest.raises(ModelError, match=r"Set endpoint\.key_env"):
-        make(serve(then=status(401)), key_env=None).propose(["a"], HOW)
-
-
-@pytest.mark.parametrize("value", [None, "", " ", "two words", "ab\nInjected: yes", "schlüssel"])
-def test_a_key_that_cannot_be_sent(
-    value: str | None, serve: Serve, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("TEST_KEY")
-    if value is not None:
-        monkeypatch.setenv("TEST_KEY", value)
-    server = serve()
-    with pytest.raises(ConfigError, match="variable TEST_KEY, found") as caught:
-        make(server)
-    assert not value or not value.strip() or value not in str(caught.value)
-    assert not server.requests
-
-
-@pytest.mark.parametrize("code", [200, 302, 400, 418, 429, 500])
-@pytest.mark.parametrize("before", ["you sent ", "x" * 280])  # the key lies across the cut
-def test_an_echoed_key_is_hidden(code: int, before: str, serve: Serve, make: Make) -> None:
-    [answer] = make(serve(then=echoes(code, before))).propose(["a"], HOW)
-    assert isinstance(answer, Failed)
-    assert "nobody" not in answer.reason
-
-
-@given(st.text(), st.text(), st.sampled_from([KEY, KEY.replace("/", "%2F").replace("+", "%2B")]))
-def test_the_key_is_in_no_reason(before: str, after: str, form: str) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TEST_KEY", KEY)
-        config = EndpointConfig(url="http://localhost/v1", model="m", key_env="TEST_KEY")
-        told = EndpointClient(config).told(f"{before} {form} {after}")
-    assert "nobody" not in told
-    assert len(told) <= 301
-
-
-def test_a_redirect_carries_nothing(serve: Serve, make: Make) -> None:
-    other = serve()
-    port = other.server_port
-    # Another host by name; the same machine.
-    server = serve(*[status(code, Location=f"http://localhost:{port}/v1") for code in (302, 307)])
-    answers = make(server).propose(["a", "b", "c"], HOW)
-    assert [(reason or "")[:36] for reason in reasons(answers)] == [
-        "endpoint: 302 redirects to localhost",
-        "endpoint: 307 redirects to localhost",
-        "",
-    ]
-    assert not other.requests
-
-
 # JSON answers
 
 SCHEMA = {
@@ -437,89 +288,3 @@ def test_the_schema_check_agrees_with_its_definition(value: dict[str, Any]) -> N
 def test_requests_are_spaced(serve: Serve, make: Make, fake: FakeTime) -> None:
     make(serve(), requests_per_minute=30).propose(["a", "b", "c", "d"], HOW)
     assert fake.sleeps == [2, 2, 2]
-
-
-# Money
-
-
-def test_spending_is_what_the_server_says(serve: Serve, make: Make) -> None:
-    prices = {"price_per_million_prompt_tokens": 2, "price_per_million_completion_tokens": 10}
-    hidden = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 18}  # 3 of reasoning
-    server = serve(says("x", usage=hidden), says(" "), status(500), status(422))
-    model = make(server, **prices)
-    model.propose(["a", "b"], HOW)
-    prompt, completion, cost = model.spent
-    assert (prompt, completion) == (20, 13)
-    assert cost == pytest.approx((20 * 2 + 13 * 10) / 1e6)
-
-
-@pytest.mark.parametrize(
-    "behaviour",
-    [
-        says("x", usage=None),
-        says("x", usage={"prompt_tokens": "10", "completion_tokens": -1}),
-        hangs,
-        truncated,
-        status(502),
-    ],
-)
-def test_what_nobody_counted_counts_as_the_most(
-    behaviour: Behaviour, serve: Serve, make: Make
-) -> None:
-    model = make(serve(behaviour), retries=0, timeout=0.15)
-    model.propose(["a" * 300], HOW)
-    prompt, completion, cost = model.spent
-    assert 100 < prompt < 200
-    assert (completion, cost) == (20, 0)
-
-
-def test_a_budget_holds_over_processes(serve: Serve, make: Make) -> None:
-    server = serve(then=says("x", usage=(40, 20)))
-    first = make(server, max_tokens_spent=350)
-    assert texts(first.propose(["a"] * 3, HOW)) == ["x"] * 3
-    second = make(server, max_tokens_spent=350)
-    assert second.spent == (120, 60, 0.0)
-    answers = second.propose(["b"] * 3, HOW)
-    # 180 of 350 are spent, and one request may take some 160.
-    assert texts(answers) == ["x", None, None]
-    for reason in reasons([*answers[1:], *second.propose(["c"], HOW)]):
-        assert (reason or "").startswith("over_budget: spent 240 of 350 tokens; the next request")
-    assert len(server.requests) == 4
-
-
-def test_a_request_that_a_kill_cut_off_is_counted(serve: Serve, make: Make, tmp_path: Path) -> None:
-    killed: list[str] = []
-
-    def behave(handler: Handler, request: Request) -> None:
-        killed.append((tmp_path / "spending.jsonl").read_text())
-        GOOD(handler, request)
-
-    server = serve(then=behave)
-    make(server).propose(["a"], HOW)
-    (tmp_path / "spending.jsonl").write_text(killed[0])  # as it lay while the request was under way
-    model = make(server)
-    assert model.spent[0] > 100
-    assert model.spent[1:] == (20, 0)
-    model.propose(["a"], HOW)
-    assert make(server).spent == (model.spent[0], 25, 0) == model.spent
-
-
-def test_a_damaged_journal_is_refused(serve: Serve, make: Make, tmp_path: Path) -> None:
-    (tmp_path / "spending.jsonl").write_text("edited\n{}\n")
-    with pytest.raises(IntegrityError, match="line 1"):
-        make(serve())
-
-
-@pytest.mark.parametrize("bound", [{"max_tokens_spent": 400}, {"max_cost": 0.0004}])
-def test_requests_at_once_do_not_overshoot(
-    bound: dict[str, float], serve: Serve, make: Make
-) -> None:
-    prices = {"price_per_million_prompt_tokens": 1, "price_per_million_completion_tokens": 1}
-    server = serve(then=says("x", usage=(40, 20)))
-    model = make(server, concurrency=8, **bound, **prices)
-    answers = model.propose(["a"] * 30, HOW)
-    prompt, completion, _ = model.spent
-    assert prompt + completion <= 400
-    # One that would fit when others took less than they reserved waits for them.
-    assert texts(answers).count("x") == len(server.requests) == 5
-    assert reasons(answers).count(None) == 5
