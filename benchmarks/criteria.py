@@ -11,7 +11,6 @@ rejects them whatever it is asked. Stopped anywhere, the same command goes on th
 
 import argparse
 import json
-import statistics
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import get_args
 
 from benchmarks.serving import machine
-from benchmarks.transfer import Progress
+from benchmarks.transfer import Progress, spread
 from benchmarks.transfer_arms import Arm, recipe_of
 from stillhouse.configs.load import check, load_recipe
 from stillhouse.configs.recipe import RecipeConfig
@@ -221,17 +220,12 @@ def table(rows: Sequence[Row]) -> str:
     for recipe in dict.fromkeys(row.recipe for row in rows):
         for signal in SIGNALS:
             mine = [row for row in rows if (row.recipe, row.signal) == (recipe, signal)]
-            cells = (_spread([row.auc for row in mine if row.against == part]) for part in against)
+            cells = (
+                spread([row.auc for row in mine if row.against == part], "{:.2f}")
+                for part in against
+            )
             lines.append(f"| {recipe} | {signal} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _spread(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    if not known:
-        return ""
-    more = f" ± {statistics.stdev(known):.2f}" if len(known) > 1 else ""
-    return f"{statistics.fmean(known):.2f}{more}"
 
 
 def kept_table(kept: Sequence[Kept]) -> str:

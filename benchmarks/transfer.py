@@ -130,8 +130,12 @@ def student_row(config: RecipeConfig, arm: Arm, seed: int, ends: tuple[float, fl
     accuracy = report["accuracy"]["student"]
     with Catalog(runner.folder, Manifest(runner.folder), runner.keys()) as catalog:
         [(mine, every)] = catalog.rows(
-            "SELECT count(*) FILTER (origin LIKE '%_same' OR role IN ('seed', 'generated')), "
-            "count(*) FROM corpus JOIN prompts USING (prompt_id) "
+            "WITH RECURSIVE root AS ("
+            "SELECT prompt_id, origin FROM prompts WHERE status = 'kept' AND parent_id IS NULL "
+            "UNION ALL SELECT made.prompt_id, root.origin FROM prompts made "
+            "JOIN root ON made.parent_id = root.prompt_id WHERE made.status = 'kept') "
+            "SELECT count(*) FILTER (origin LIKE '%_same'), count(*) "
+            "FROM corpus JOIN root USING (prompt_id) "
             "WHERE corpus.status = 'kept' AND corpus.split = 'train'"
         )
     return Row(
@@ -167,7 +171,7 @@ def weight_difference(runner: Runner) -> float | None:
     try:
         target = ModelSpec(runner.recipe.models.target, adapter)
         return exact_matches(runner, target, questions(runner))
-    except ModelError:
+    except ModelError:  # the target by itself has just answered: it is the adapter
         return None
 
 

@@ -34,6 +34,7 @@ def proposal_tasks(run: StageRun, number: int, prefix: str) -> list[Task]:
                 "generator": place,
                 "round": number,
                 "first": first + start,
+                "start": start,
                 "count": min(CHUNK[kind], count - start),
             }
             name = f"{prefix}-a-{place:02d}-{kind}-{start // CHUNK[kind]:05d}"
@@ -56,12 +57,15 @@ def propose(run: StageRun, task: Task) -> Part:
     """Make a task's proposals, as rows of `raw`."""
     generator = run.recipe.expand.generators[int(task.arguments["generator"])]
     number, count = int(task.arguments["round"]), int(task.arguments["count"])
-    seed = f"{run.recipe.expand.seed}/{task.name}"
+    # Tasks of a mutator take pieces of one stream, so that none repeats another's.
+    drawn = task.name if generator.kind == "few_shot" else task.name.rpartition("-")[0]
+    seed = f"{run.recipe.expand.seed}/{drawn}"
     seeds = draw_seeds(run, number, seed)
     tokens = 0
     proposals: list[Proposal | Failed] = []
     if seeds and generator.kind == "mutate":
-        proposals = [*mutate(seeds, count, seed, draw_unselected(run, number, seed))]
+        further = draw_unselected(run, number, seed)
+        proposals = [*mutate(seeds, count, seed, further, int(task.arguments["start"]))]
     elif seeds:
         lists = few_shot(seeds, run.recipe.expand.shots, count, seed)
         endpoint = generator.endpoint

@@ -64,18 +64,25 @@ def _shown(seeds: Sequence[Seed]) -> FewShot:
 
 
 def mutate(
-    seeds: Sequence[Seed], count: int, random_seed: str, further: Sequence[str] = ()
+    seeds: Sequence[Seed],
+    count: int,
+    random_seed: str,
+    further: Sequence[str] = (),
+    first: int = 0,
 ) -> list[Proposal]:
     """Recombine seeds: their forms with each other's fillers, and heads with tails, in turn.
 
-    `further` texts lend fillers. Up to `count` different texts that are none of either; fewer
-    where the seeds allow no more.
+    `further` texts lend fillers. Up to `count` different texts that are none of either, after the
+    `first` ones that the same seed makes; fewer where the seeds allow no more.
     """
     source = random.Random(random_seed)
     known = {seed.text for seed in seeds} | set(further)
-    made = (_refilled(seeds, further, source), _crossed(seeds, count, source))
+    made = (
+        _refilled(seeds, further, source),
+        _crossed(seeds, first + count, random.Random(f"{random_seed}/crossed")),
+    )
     both = chain.from_iterable(zip_longest(*made))
-    return list(islice(_new(both, known), count))
+    return list(islice(_new(both, known), first, first + count))
 
 
 def _new(proposals: Iterator[Proposal | None], known: set[str]) -> Iterator[Proposal]:

@@ -87,7 +87,8 @@ def score_under_target(
         failed = logp.reason if isinstance(logp, Failed) else None
         mean = None if isinstance(logp, Failed) else fmean(logp.logp)
         status: Status = "kept" if failed is None else "failed"
-        rows.append(TargetScoreRecord(item.completion_id, item.round, mean, status, failed))
+        about = (item.completion_id, item.prompt_id, item.round)
+        rows.append(TargetScoreRecord(*about, mean, status, failed))
         if isinstance(logp, ResponseLogp):
             tokens += logp.prompt_tokens + len(logp.token_ids)
     return rows, tokens

@@ -123,6 +123,7 @@ class TargetScoreRecord(Record):
 
     TABLE: ClassVar[str] = "target_scores"
     completion_id: str
+    prompt_id: str
     round: int
     confidence: float | None
     status: Status

@@ -12,6 +12,7 @@ Lookup = Callable[[str, Sequence[object]], list[dict[str, Any]]]
 _OF_PROMPT = (
     ("completions", "prompt_id"),
     ("scores", "prompt_id"),
+    ("target_scores", "prompt_id"),
     ("selections", "prompt_id"),
     ("corpus", "prompt_id"),
 )

@@ -66,7 +66,7 @@ class PairLogp:
     """One response under specialist and base; every list has one entry a token.
 
     token_ends: where each ends in the response, in characters; a character of several tokens ends
-    with the first of them.
+    with the first of them. Empty where the tokenizer cannot tell.
     """
 
     token_ids: list[int]

@@ -143,10 +143,8 @@ def pair_logps(
     on = _scores(specialist, rows, buckets)
     with acting_as_base(specialist, base):
         off = _scores(base, base_rows, buckets)
-    return [
-        _joined(one, two, specialist.response_ends(pair.response))
-        for pair, one, two in zip(pairs, on, off, strict=True)
-    ]
+    ends = specialist.response_ends([pair.response for pair in pairs])
+    return [_joined(*row) for row in zip(on, off, ends, strict=True)]
 
 
 def _joined(

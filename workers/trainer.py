@@ -125,7 +125,12 @@ def _learnt(lm: LanguageModel, example: TrainExample, share: float) -> list[bool
     """Which tokens of the response to train on; all of them where no excess was measured."""
     if share == 1 or not example.excess:
         return [True] * len(lm.encode_response(example.response))
-    ends = lm.response_ends(example.response)
+    [ends] = lm.response_ends([example.response])
+    if not ends or len(example.token_ends) != len(example.excess):
+        raise ModelError(
+            "distill.token_share: expected tokenizers that say where a token ends, of the target "
+            "and of the specialist, found one that does not; set it to 1"
+        )
     return top_share(excess_of(ends, example.token_ends, example.excess), share)
 
 

@@ -1,6 +1,7 @@
 """The corpus: what selection kept, less near-duplicates, degenerate answers and leaks."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 from stillhouse.pipelines.evaluation_overlap import Questions
@@ -11,7 +12,7 @@ from stillhouse.pipelines.stage import Outcome, Part, Stage, Task
 from stillhouse.pipelines.stage_run import StageRun
 from stillhouse.pipelines.text import chunked, render
 from stillhouse.storage.manifest import Counts
-from stillhouse.storage.records import CorpusRecord, Split, content_id
+from stillhouse.storage.records import CorpusRecord, Record, Split, content_id
 
 CANDIDATES = """
 SELECT prompts.text AS text, prompt_id FROM selections JOIN prompts USING (prompt_id)
@@ -53,6 +54,23 @@ SELECT prompt_id, completion_id, text, rendered, answer, split, token_ids, token
          WHEN duplicate THEN 'near_duplicate' END AS reason
 FROM candidates LEFT JOIN objections ON objections.text_id = candidates.prompt_id ORDER BY place
 """
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate(Record):
+    """A selected prompt and its answer; `reason`: what DuckDB has against it."""
+
+    prompt_id: str
+    completion_id: str
+    text: str
+    rendered: str
+    answer: str
+    split: Split
+    token_ids: list[int]
+    token_ends: list[int]
+    logp_specialist: list[float]
+    logp_base: list[float]
+    reason: str | None
 
 
 class CurateStage(Stage):
@@ -113,44 +131,32 @@ def _corpus(run: StageRun) -> Iterator[Part]:
     none = 2.0  # above every ROUGE-L
     parameters = {"near": config.near_duplicate, "overlap": config.evaluation_overlap or none}
     with run.catalog() as catalog:
-        rows = catalog.stream(CORPUS, parameters)
+        rows = catalog.records(CORPUS, _Candidate, parameters=parameters)
         for part, chunk in enumerate(chunked(rows, run.recipe.data.shard_rows)):
-            corpus = [_example(run, *row) for row in chunk]
+            corpus = [_example(run, row) for row in chunk]
             kept = sum(row.status == "kept" for row in corpus)
             counts = Counts(rows_in=len(corpus), kept=kept, rejected=len(corpus) - kept)
             yield Part({"corpus": corpus}, counts, part=part)
 
 
-def _example(
-    run: StageRun,
-    prompt_id: str,
-    completion_id: str,
-    text: str,
-    rendered: str,
-    answer: str,
-    split: Split,
-    token_ids: Sequence[int],
-    token_ends: Sequence[int],
-    logp_specialist: Sequence[float],
-    logp_base: Sequence[float],
-    reason: str | None,
-) -> CorpusRecord:
+def _example(run: StageRun, row: _Candidate) -> CorpusRecord:
     config = run.recipe.curate
-    personal = personal_data(f"{text}\n{answer}")
-    reason = reason or flaw_of(
-        text, answer, token_ids, config.min_answer_tokens, config.max_repetition
+    personal = personal_data(f"{row.text}\n{row.answer}")
+    reason = row.reason or flaw_of(
+        row.text, row.answer, row.token_ids, config.min_answer_tokens, config.max_repetition
     )
     if reason is None and personal and config.personal_data == "reject":
         reason = "personal_data"
+    both = zip(row.logp_specialist, row.logp_base, strict=True)
     return CorpusRecord(
-        example_id=content_id("example", prompt_id, completion_id),
-        prompt_id=prompt_id,
-        completion_id=completion_id,
-        prompt=rendered,
-        response=render(run.recipe.data.template.response, answer),
-        token_ends=list(token_ends),
-        excess=[on - off for on, off in zip(logp_specialist, logp_base, strict=True)],
-        split=split,
+        example_id=content_id("example", row.prompt_id, row.completion_id),
+        prompt_id=row.prompt_id,
+        completion_id=row.completion_id,
+        prompt=row.rendered,
+        response=render(run.recipe.data.template.response, row.answer),
+        token_ends=list(row.token_ends),
+        excess=[on - off for on, off in both],
+        split=row.split,
         personal_data=personal,
         status="kept" if reason is None else "rejected",
         reason=reason,

@@ -136,7 +136,9 @@ def test_a_report_of_an_earlier_start_says_so(copy: RunFolder, ask) -> None:
 
 
 def test_status(clean_run: RunFolder, ask) -> None:
-    lines = ask("status", str(clean_run.root)).out.splitlines()
+    done = ask("status", str(clean_run.root))
+    assert done.code == 0
+    lines = done.out.splitlines()
     assert lines[0] == "tiny: nobody runs it now"
     told = [line.split()[:2] for line in lines[1 : 1 + len(STAGES)]]
     assert told == [[stage, "cached"] for stage in STAGES]

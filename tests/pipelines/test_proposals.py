@@ -56,6 +56,13 @@ def test_nothing_to_cross(nothing: list[Seed]) -> None:
     assert mutate(nothing, count=5, random_seed="s") == []
 
 
+def test_pieces_of_a_stream_are_the_stream() -> None:
+    many = seeds(*(f"x{n}, y{n}, z{n}" for n in range(9)), "where is Ada now", "who saw Bob")
+    whole = mutate(many, 12, "s")
+    assert len({proposal.text for proposal in whole}) == 12
+    assert mutate(many, 5, "s") + mutate(many, 7, "s", first=5) == whole
+
+
 def test_the_same_seed_draws_the_same() -> None:
     many = seeds(*(f"x{n}, y{n}, z{n}" for n in range(9)))
     for make in (lambda s: mutate(many, 10, s), lambda s: few_shot(many, 3, 10, s)):

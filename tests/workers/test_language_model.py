@@ -97,7 +97,8 @@ def test_a_response_has_no_special_tokens_and_decodes_to_itself(lm):
 
 def test_a_response_ends_where_its_tokens_do(lm):
     text = " E11 – naïve 𝔘 ok\n"
-    ends, ids = lm.response_ends(text), lm.encode_response(text)
+    [ends, none], ids = lm.response_ends([text, ""]), lm.encode_response(text)
+    assert none == []
     assert len(ends) == len(ids)
     assert ends == sorted(ends)
     assert ends[-1] == len(text)
@@ -138,9 +139,8 @@ def test_a_response_is_cut_as_inside_a_text_where_texts_get_a_blank(llama, respo
     found = [words[token] for token in codec.encode_response(response)]
     assert found == expected
     whole = [word.replace("▁", " ").replace("<0x0A>", "\n") for word in expected]
-    assert codec.response_ends(response) == [
-        len("".join(whole[: n + 1])) for n in range(len(whole))
-    ]
+    [ends] = codec.response_ends([response])
+    assert ends == [len("".join(whole[: n + 1])) for n in range(len(whole))]
 
 
 def test_a_repaired_tokenizer_stays_repaired_after_saving(gemma, tmp_path):

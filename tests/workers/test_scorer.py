@@ -24,9 +24,12 @@ PAIRS = [
 class TwoWordTokenizer:
     """Words `a` and `b` are tokens 0 and 1."""
 
+    is_fast = True
+
     def __call__(self, text, add_special_tokens, return_offsets_mapping=False):
         if return_offsets_mapping:
-            return type("Encoding", (), {"offset_mapping": [(n, n + 1) for n in range(len(text))]})
+            spans = [[(n, n + 1) for n in range(len(row))] for row in text]
+            return type("Encoding", (), {"offset_mapping": spans})
         one = [ord(c) - ord("a") for c in text] if isinstance(text, str) else None
         several = [[ord(c) - ord("a") for c in row] for row in text]
         return type("Encoding", (), {"input_ids": several if one is None else one})

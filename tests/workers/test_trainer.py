@@ -62,6 +62,13 @@ def test_the_loss_is_of_the_tokens_with_the_largest_excess(fresh, job, share, ke
     assert step.tokens == ids.shape[1] + 1
 
 
+def test_a_mask_needs_to_know_where_tokens_end(fresh, job):
+    example = TrainExample("e", "Q:", " A B C", token_ends=[], excess=[1.0, 2.0])
+    config = DistillConfig(**{**dict(CONFIG), "epochs": 1, "token_share": 0.5})
+    with pytest.raises(ModelError, match=r"distill\.token_share: expected tokenizers that say"):
+        trainer.train(fresh(), dataclasses.replace(job(examples=[example]), config=config), ignore)
+
+
 def test_an_excess_that_nobody_measured_masks_nothing(fresh, job):
     config = DistillConfig(**{**dict(CONFIG), "epochs": 1, "token_share": 0.1})
     plain = job(examples=EXAMPLES, epochs=1)

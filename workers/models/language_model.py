@@ -58,13 +58,21 @@ class TextCodec:
             return list(ids)
         return list(ids[len(self.tokenizer(self.lead, add_special_tokens=False).input_ids) :])
 
-    def response_ends(self, text: str) -> list[int]:
-        """Where each token of `encode_response` ends in the text, in characters."""
+    def response_ends(self, texts: Sequence[str]) -> list[list[int]]:
+        """Where each token of `encode_response` ends in its text, in characters.
+
+        Empty lists of a tokenizer that cannot tell: one without a Rust backend.
+        """
+        if not texts or not self.tokenizer.is_fast:
+            return [[] for _ in texts]
+        begin = len(self.lead)
+        lead = len(self.tokenizer(self.lead, add_special_tokens=False).input_ids) if begin else 0
         made = self.tokenizer(
-            self.lead + text, add_special_tokens=False, return_offsets_mapping=True
+            [self.lead + text for text in texts],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
         )
-        ends = [max(end - len(self.lead), 0) for _, end in made.offset_mapping]
-        return ends[len(self.tokenizer(self.lead, add_special_tokens=False).input_ids) :]
+        return [[max(end - begin, 0) for _, end in row[lead:]] for row in made.offset_mapping]
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens left out."""
